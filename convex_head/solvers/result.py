@@ -1,0 +1,81 @@
+"""The one result type of all solvers."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Status(enum.StrEnum):
+    """How a solver ended. Only CONVERGED comes with gap <= tol."""
+
+    CONVERGED = "converged"
+    MAX_TIME = "max_time"
+    MAX_ITER = "max_iter"
+    INTERRUPTED = "interrupted"
+    STALLED = "stalled"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of a solver's history; the same object reaches callbacks and progress bars.
+
+    Attributes:
+        iteration: outer iteration, from 0.
+        seconds: wall-clock since the start.
+        primal: exact objective of the best point so far.
+        dual: best rigorous lower bound so far.
+        gap: (primal - dual) / max(1e-12, primal).
+        neurons: neurons of the current point.
+    """
+
+    iteration: int
+    seconds: float
+    primal: float
+    dual: float
+    gap: float
+    neurons: int
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """What a solver returns, measured again at the returned point.
+
+    Attributes:
+        status: how it ended.
+        primal: exact robust objective of ``network``.
+        dual: rigorous lower bound of the optimum over networks of any width.
+        gap: relative duality gap (primal - dual) / max(1e-12, primal).
+        neurons: number of neurons of ``network``.
+        seconds: wall-clock of the solve.
+        iterations: outer iterations.
+        history: one :class:`Progress` an outer iteration.
+        message: one sentence for humans.
+        solver: name of the solver.
+        network: the point itself.
+        extra: solver-specific measurements (for example constraint violations).
+    """
+
+    status: Status
+    primal: float
+    dual: float
+    gap: float
+    neurons: int
+    seconds: float
+    iterations: int
+    history: tuple[Progress, ...]
+    message: str
+    solver: str
+    network: Any = field(repr=False, default=None)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def converged(self) -> bool:
+        """True only when the gap met the tolerance."""
+        return self.status is Status.CONVERGED
+
+
+def relative_gap(primal: float, dual: float) -> float:
+    """(primal - dual) / max(1e-12, primal)."""
+    return (primal - dual) / max(1e-12, primal)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,6 @@ from torch import Tensor, nn
 from ..errors import MissingExtraError
 from ..threat import ThreatModel
 from .recipe import Recipe, register_recipe
-
-try:
-    import pytorch_optimizer
-except ImportError:
-    pytorch_optimizer = None
 
 
 @register_recipe
@@ -43,11 +38,7 @@ class SAM(Recipe):
         Raises:
             MissingExtraError: pytorch_optimizer is not installed.
         """
-        if pytorch_optimizer is None:
-            raise MissingExtraError(
-                "SAM needs the package pytorch_optimizer, which is not installed; pip install 'convex-head[bench]'."
-            )
-        return pytorch_optimizer.SAM(list(parameters), torch.optim.SGD, rho=self.rho, **self.sgd_options(lr))
+        return _library().SAM(list(parameters), torch.optim.SGD, rho=self.rho, **self.sgd_options(lr))
 
     def step(
         self,
@@ -58,15 +49,26 @@ class SAM(Recipe):
         threat: ThreatModel | None,
     ) -> tuple[Tensor, Tensor]:
         """One two-gradient step; returns the loss and logits at theta."""
-        sam = cast("pytorch_optimizer.SAM", optimizer)
+        library, sam = _library(), cast(Any, optimizer)
         loss, logits = self.loss(model, images, labels, threat)
         sam.zero_grad()
         loss.backward()
         sam.first_step(zero_grad=True)
-        pytorch_optimizer.disable_running_stats(model)
+        library.disable_running_stats(model)
         try:
             self.loss(model, images, labels, threat)[0].backward()
         finally:
-            pytorch_optimizer.enable_running_stats(model)
+            library.enable_running_stats(model)
         sam.second_step(zero_grad=True)
         return loss.detach(), logits.detach()
+
+
+def _library() -> Any:
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise MissingExtraError(
+            "SAM needs the package pytorch_optimizer, which is not installed; "
+            "pip install 'convex-head[bench]'."
+        ) from error
+    return pytorch_optimizer

@@ -118,6 +118,22 @@ class DatasetNotFoundError(ConvexHeadError, FileNotFoundError):
     """A dataset is not on this machine; the message says how to get it."""
 
 
+class DatasetFormatError(ConvexHeadError, ValueError):
+    """A dataset file is damaged, or not in the format that its name promises."""
+
+
+class SubsetError(InputError):
+    """A subset asks for examples that the dataset does not have."""
+
+
+class ImageError(InputError):
+    """Images are not a batch of floating-point tensors, one a label."""
+
+
+class ImageRangeError(ImageError, ModelContractError):
+    """Images hold values outside [0, 1], or NaN."""
+
+
 class UnknownDatasetError(InputError):
     """No dataset is registered under that name."""
 
@@ -144,3 +160,15 @@ class ConvergenceWarning(UserWarning):
 
 class EvaluationWarning(UserWarning):
     """An evaluation raised a flag; its robust accuracy is not to be trusted as it stands."""
+
+
+class ComparisonError(InputError):
+    """Two records were not taken on the same points, or hold no per-example results."""
+
+
+class AttackError(InputError):
+    """An attack does not fit the model, the threat, the data or its own settings."""
+
+
+class AttackContractError(ConvexHeadError):
+    """An attack returned something that is no batch of images of the shape it was given."""

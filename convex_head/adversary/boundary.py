@@ -80,7 +80,11 @@ def lower_bound(lowest: Tensor, slope: Tensor, value: Tensor) -> Tensor:
         value: the quadratic at e = 0, assumed >= 0. All three broadcast.
     """
     value = value.clamp_min(0)
-    return 2 * value / (slope + (slope.square() - 2 * value * lowest.clamp_max(0)).sqrt()).clamp_min(_tiny(value))
+    return (
+        2
+        * value
+        / (slope + (slope.square() - 2 * value * lowest.clamp_max(0)).sqrt()).clamp_min(_tiny(value))
+    )
 
 
 def _start(

@@ -12,31 +12,37 @@ and one K x K eigendecomposition a form serve the whole data set:
 
 Then an example needs only its projections tau = V x: its gradient in the eigenbasis is (beta (2a tau + b nu)) P,
 nu_j = |v_j|, a step e = E ehat moves the projections by P ehat, and no n x d temporary appears.
-
-Rows are sorted by label, so that every (label, form) pair owns a contiguous block of rows; blocks are run in padded
-groups when small and alone when large.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from convex_head.adversary.trust_region import minimise_over_ball
 from convex_head.problems.base import Network
-
-_GROUP_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """A network as padded arrays: ``vectors`` (F, m, d) and ``signs`` (F, m) in {-1, 0, 1}."""
+    """A network as padded arrays.
+
+    Attributes:
+        vectors: (F, m, d) rows v_j = sqrt|alpha_j| u_j.
+        signs: (F, m) in {-1, 0, 1}; 0 pads.
+        nu: (F, m) sqrt|alpha_j|; equals |v_j| for unit u_j, and is kept apart because the u_j of a deployed head are
+            unit vectors only up to its precision.
+    """
 
     vectors: Tensor
     signs: Tensor
+    nu: Tensor
+
+    @staticmethod
+    def of(vectors: Tensor, signs: Tensor) -> PackedNetwork:
+        """The network of unit neurons with these vectors."""
+        return PackedNetwork(vectors, signs, vectors.norm(dim=-1))
 
     @staticmethod
     def pack(network: Network, num_functions: int) -> PackedNetwork:
@@ -46,12 +52,15 @@ class PackedNetwork:
         d = network.directions.shape[1]
         vectors = network.directions.new_zeros(num_functions, width, d)
         signs = network.directions.new_zeros(num_functions, width)
-        scaled = network.directions * network.weights.abs().sqrt().unsqueeze(1)
+        nu = torch.zeros_like(signs)
+        root = network.weights.abs().sqrt()
+        scaled = network.directions * root.unsqueeze(1)
         for c in range(num_functions):
             rows = network.function == c
             vectors[c, : int(counts[c])] = scaled[rows]
             signs[c, : int(counts[c])] = network.weights[rows].sign()
-        return PackedNetwork(vectors, signs)
+            nu[c, : int(counts[c])] = root[rows]
+        return PackedNetwork(vectors, signs, nu)
 
     def unpack(self) -> Network:
         """The same network as unit directions and signed weights; zero neurons are dropped."""
@@ -60,10 +69,6 @@ class PackedNetwork:
         function = torch.arange(alive.shape[0], device=norm.device).unsqueeze(1).expand_as(alive)[alive]
         directions = self.vectors[alive] / norm[alive].unsqueeze(1)
         return Network(directions, (norm.square() * self.signs)[alive], function)
-
-    def to(self, dtype: torch.dtype) -> PackedNetwork:
-        """The same network in another precision."""
-        return PackedNetwork(self.vectors.to(dtype), self.signs.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -109,20 +114,9 @@ class Spectrum:
     constant: Tensor  # (T,)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Blocks run together: block g holds rows start[g] : start[g] + length[g]; all tensors are (G,)."""
-
-    start: Tensor
-    length: Tensor
-    form: Tensor
-    sign: Tensor
-    column: Tensor
-    rows: Tensor  # (G, B), padded with the block's first row
-    mask: Tensor  # (G, B)
-
-
-def spectrum(packed: PackedNetwork, forms: Forms, coefficients: tuple[float, float, float], dtype: torch.dtype) -> Spectrum:
+def spectrum(
+    packed: PackedNetwork, forms: Forms, coefficients: tuple[float, float, float], dtype: torch.dtype
+) -> Spectrum:
     """QR and eigendecomposition of every form, computed in float64 and handed over in ``dtype``."""
     a, _, c = coefficients
     vectors = packed.vectors.double()
@@ -134,115 +128,7 @@ def spectrum(packed: PackedNetwork, forms: Forms, coefficients: tuple[float, flo
     q, r = torch.linalg.qr(stacked.mT)
     hessian = 2 * a * (r * beta.unsqueeze(1)) @ r.mT
     eigenvalues, y = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
-    nu = stacked.norm(dim=-1)
+    nu = forms.gather(packed.nu.double())
     constant = c * (beta * nu.square()).sum(-1)
     parts = (eigenvalues, q @ y, r.mT @ y, beta, nu, constant)
     return Spectrum(*(t.to(dtype) for t in parts))
-
-
-def plan(label_counts: list[int], forms: Forms, pairwise: bool, width: int) -> list[Group]:
-    """Blocks of a chunk whose rows are sorted by label, grouped to at most ``width``-wide padded batches.
-
-    Args:
-        label_counts: rows of the chunk with label 0, 1, ..., C-1.
-        forms: the margin forms.
-        pairwise: as in :class:`~convex_head.problems.losses.MarginLoss`.
-        width: neurons of a form, to bound the size of a padded batch.
-    """
-    blocks = sorted(_blocks(label_counts, pairwise), key=lambda block: -block[1])
-    groups: list[Group] = []
-    device = forms.plus.device
-    limit = max(1, _GROUP_ELEMENTS // max(1, width))
-    while blocks:
-        longest = blocks[0][1]
-        count = max(1, min(len(blocks), limit // longest))
-        members, blocks = blocks[:count], blocks[count:]
-        start, length, form, sign, column = (
-            torch.tensor(values, device=device) for values in zip(*members, strict=True)
-        )
-        offset = torch.arange(longest, device=device)
-        mask = offset < length.unsqueeze(1)
-        rows = start.unsqueeze(1) + torch.where(mask, offset, 0)
-        groups.append(Group(start, length, form, sign, column, rows, mask))
-    return groups
-
-
-def _blocks(counts: list[int], pairwise: bool) -> Iterator[tuple[int, int, int, float, int]]:
-    """(start, length, form, sign, column) of every block with rows."""
-    num_classes = len(counts)
-    starts = [sum(counts[:c]) for c in range(num_classes)]
-    total = sum(counts)
-    if num_classes == 2:
-        candidates = [(0, counts[0], 0, -1.0, 0), (counts[0], counts[1], 0, 1.0, 0)]
-    elif pairwise:
-        candidates = []
-        for y in range(num_classes):
-            for k in range(num_classes):
-                if k != y:
-                    form = pair_index(min(y, k), max(y, k), num_classes)
-                    candidates.append((starts[y], counts[y], form, 1.0 if y < k else -1.0, k - (k > y)))
-    else:
-        candidates = []
-        for c in range(num_classes):
-            end = starts[c] + counts[c]
-            candidates += [(starts[c], counts[c], c, 1.0, c), (0, starts[c], c, -1.0, c), (end, total - end, c, -1.0, c)]
-    yield from (block for block in candidates if block[1] > 0)
-
-
-def pair_index(p: int, q: int, num_classes: int) -> int:
-    """Row-major position of the pair p < q among all pairs."""
-    return p * num_classes - p * (p + 1) // 2 + q - p - 1
-
-
-class GroupPass:
-    """Margins of one group and what their gradient needs."""
-
-    def __init__(self, group: Group, spec: Spectrum, forms: Forms, coefficients: tuple[float, float, float]):
-        self.group, self.forms = group, forms
-        self.a, self.b, self.c = coefficients
-        self.lift = spec.lift[group.form]
-        self.eigenvalues = spec.eigenvalues[group.form] * group.sign.to(spec.nu.dtype).unsqueeze(1)
-        self.nu = spec.nu[group.form].unsqueeze(1)
-        sign = group.sign.to(spec.nu.dtype).view(-1, 1, 1)
-        self.beta = spec.beta[group.form].unsqueeze(1) * sign
-        self.constant = spec.constant[group.form].unsqueeze(1) * sign[..., 0]
-
-    def gather(self, tau: Tensor) -> Tensor:
-        """Projections (rows, F, m) -> (G, B, K)."""
-        group, forms = self.group, self.forms
-        if len(group.start) == 1:
-            s, n, t = int(group.start[0]), int(group.length[0]), int(group.form[0])
-            part = tau[s : s + n, int(forms.plus[t])]
-            if forms.minus is not None:
-                part = torch.cat([part, tau[s : s + n, int(forms.minus[t])]], dim=-1)
-            return part.unsqueeze(0)
-        part = tau[group.rows, forms.plus[group.form].unsqueeze(1)]
-        if forms.minus is None:
-            return part
-        return torch.cat([part, tau[group.rows, forms.minus[group.form].unsqueeze(1)]], dim=-1)
-
-    def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Add (G, B, K), zero where padded, to (rows, F, m)."""
-        group, forms = self.group, self.forms
-        m = out.shape[-1]
-        functions = [forms.plus] if forms.minus is None else [forms.plus, forms.minus]
-        for i, function in enumerate(functions):
-            part = values[..., i * m : (i + 1) * m]
-            if len(group.start) == 1:
-                s, n = int(group.start[0]), int(group.length[0])
-                out[s : s + n, int(function[int(group.form[0])])] += part[0]
-            else:
-                flat = group.rows * out.shape[1] + function[group.form].unsqueeze(1)
-                out.view(-1, m).index_add_(0, flat.view(-1), part.reshape(-1, m))
-
-    def quadratic(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Value at the centre (G, B) and gradient in the eigenbasis (G, B, k)."""
-        slope = (2 * self.a * tau + self.b * self.nu) * self.beta
-        value = 0.5 * (tau * (slope + self.b * self.nu * self.beta)).sum(-1) + self.constant
-        return value, slope @ self.lift
-
-    def worst_case(self, tau: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-        """Worst-case margins (G, B) and the steps ehat (G, B, k) that reach them."""
-        value, gradient = self.quadratic(tau)
-        best = minimise_over_ball(self.eigenvalues, gradient, radius)
-        return value + best.value, best.minimiser

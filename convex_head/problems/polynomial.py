@@ -20,13 +20,13 @@ one eigendecomposition and a scalar equation, and its Lagrangian value bounds it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from convex_head.adversary.margins import Forms, GroupPass, PackedNetwork, Spectrum, plan, spectrum
+from convex_head.adversary.margins import PackedNetwork
+from convex_head.adversary.scan import Chunk, MarginScan
 from convex_head.adversary.trust_region import minimise_over_sphere
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
@@ -70,12 +70,6 @@ class OracleAnswer:
     dual: float
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    rows: slice
-    counts: list[int]
-
-
 class PolynomialProblem:
     """(P) on given features; see the module docstring.
 
@@ -109,18 +103,17 @@ class PolynomialProblem:
         self.num_functions = 1 if num_classes == 2 else num_classes
         self.dtype = dtype
         self._loss = get_loss(loss)
-        self._pairwise = self._loss.pairwise and num_classes > 2
         self._order = torch.argsort(labels, stable=True)
         self._labels = labels[self._order]
-        self._x = features[self._order].to(dtype)
-        self._forms = Forms.build(num_classes, self._pairwise, features.device)
-        self._chunks = [
-            _Chunk(slice(s, min(s + chunk_rows, self.n)), self._counts(s, s + chunk_rows))
-            for s in range(0, self.n, chunk_rows)
-        ]
-
-    def _counts(self, start: int, stop: int) -> list[int]:
-        return torch.bincount(self._labels[start:stop], minlength=self.num_classes).tolist()
+        self._scan = MarginScan(
+            features[self._order].to(dtype),
+            self._labels,
+            num_classes=num_classes,
+            pairwise=self._loss.pairwise,
+            coefficients=coefficients,
+            chunk_rows=chunk_rows,
+        )
+        self._x = self._scan.x
 
     @property
     def n(self) -> int:
@@ -135,7 +128,7 @@ class PolynomialProblem:
     @property
     def num_margins(self) -> int:
         """K: 1 (binary), C (one_vs_rest) or C - 1 (pairwise; classes other than y in increasing order)."""
-        return 1 if self.num_classes == 2 else self.num_classes - int(self._pairwise)
+        return self._scan.num_margins
 
     @property
     def features(self) -> Tensor:
@@ -161,98 +154,121 @@ class PolynomialProblem:
     def objective(self, network: Network) -> float:
         """Exact robust objective F of a network."""
         packed = self.pack(network)
-        total = sum(float(self._hard(margins).sum()) for _, margins, _ in self._passes(packed))
+        passes = self._scan.passes(packed, self._scan.spectrum(packed), self.radius)
+        total = sum(float(self._hard(margins).double().sum()) for _, _, margins, _ in passes)
         return total / self.n + self.reg * float(network.norm)
 
     def worst_case(self, network: Network) -> tuple[Tensor, Tensor]:
-        """Worst-case margins (n, K) and the points (n, K, d) that attain them, in the given order."""
+        """Worst-case margins (n, K) and the points (n, K, d) that attain them, in the given order, float64."""
+        packed = self.pack(network)
+        spec = self._scan.spectrum(packed)
         margins = torch.empty(self.n, self.num_margins, dtype=torch.float64, device=self._x.device)
         points = self._x.double().unsqueeze(1).repeat(1, self.num_margins, 1)
-        packed = self.pack(network)
-        spec = self._spectrum(packed)
-        for chunk, chunk_margins, steps in self._passes(packed):
+        for chunk, _, chunk_margins, steps in self._scan.passes(packed, spec, self.radius):
             margins[chunk.rows] = chunk_margins.double()
             for group_pass, ehat in steps:
                 group = group_pass.group
-                e = (ehat @ spec.basis[group.form].mT).double()
-                rows = (group.rows + chunk.rows.start)[group.mask]
-                columns = group.column.unsqueeze(1).expand_as(group.rows)[group.mask]
-                points[rows, columns] += e[group.mask]
+                e = (ehat @ spec.basis[group.forms].mT).double()
+                real = torch.ones_like(group.rows, dtype=torch.bool) if group.mask is None else group.mask
+                rows = (group.rows + chunk.rows.start)[real]
+                points[rows, group.columns.expand_as(group.rows)[real]] += e[real]
         return self._unsort(margins), self._unsort(points)
 
     def evaluate(self, packed: PackedNetwork, mu: float) -> Evaluation:
         """Smoothed objective (width mu), its gradient by Danskin's theorem, and the hard objective."""
-        spec = self._spectrum(packed)
+        scan, forms = self._scan, self._scan.forms
+        spec = scan.spectrum(packed)
         gradient = (2 * self.reg * packed.vectors).to(self.dtype)
-        forms_k = spec.nu.shape[1]
-        cross = self._x.new_zeros(len(self._forms.plus), spec.basis.shape[2], forms_k)
-        own = self._x.new_zeros(len(self._forms.plus), forms_k)
+        cross = self._x.new_zeros(len(forms.plus), spec.basis.shape[2], spec.nu.shape[1])
+        own = self._x.new_zeros(len(forms.plus), spec.nu.shape[1])
         smooth = hard = 0.0
         width = self.num_functions * packed.vectors.shape[1]
-        for chunk, margins, steps in self._passes(packed, spec):
+        for chunk, tau, margins, steps in scan.passes(packed, spec, self.radius):
             value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
             smooth += float(value.double().sum())
             hard += float(self._hard(margins).double().sum())
-            weights = slopes / self.n
-            projections = self._project(chunk, packed)
-            coefficients = torch.zeros_like(projections)
+            weights = slopes / -self.n
+            coefficients = torch.zeros_like(tau)
             for group_pass, ehat in steps:
-                self._backward(group_pass, ehat, weights, projections, coefficients, cross, own)
+                omega = group_pass.load(weights)
+                coefficient, in_basis, on_self = group_pass.backward(group_pass.gather(tau), ehat, omega)
+                group_pass.scatter(coefficient, coefficients)
+                cross.index_add_(0, group_pass.group.forms, in_basis)
+                own.index_add_(0, group_pass.group.forms, on_self)
             gradient.view(width, -1).addmm_(coefficients.view(-1, width).mT, self._x[chunk.rows])
-        per_form = (spec.basis @ cross).mT + own.unsqueeze(-1) * self._forms.gather(packed.vectors.to(self.dtype))
-        self._forms.scatter(per_form, gradient)
+        vectors = forms.gather(packed.vectors.to(self.dtype))
+        forms.scatter((spec.basis @ cross).mT + own.unsqueeze(-1) * vectors, gradient)
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        return Evaluation(smooth / self.n + penalty, hard / self.n + penalty, gradient.to(packed.vectors.dtype))
-
-    def _backward(
-        self,
-        group_pass: GroupPass,
-        ehat: Tensor,
-        weights: Tensor,
-        projections: Tensor,
-        coefficients: Tensor,
-        cross: Tensor,
-        own: Tensor,
-    ) -> None:
-        """Add the gradient of -sum weights * margin: through x (coefficients), the steps (cross), and |v| (own)."""
-        group = group_pass.group
-        a, b, c = self.coefficients
-        omega = -(weights[group.rows, group.column.unsqueeze(1)] * group.mask).unsqueeze(-1)
-        tau = group_pass.gather(projections) + ehat @ group_pass.lift.mT
-        signed = omega * group_pass.beta
-        coefficient = signed * (2 * a * tau + b * group_pass.nu)
-        group_pass.scatter(coefficient, coefficients)
-        cross.index_add_(0, group.form, ehat.mT @ coefficient)
-        tiny = torch.finfo(tau.dtype).tiny ** 0.5
-        own.index_add_(0, group.form, (signed * (b * tau / group_pass.nu.clamp_min(tiny) + 2 * c)).sum(1))
+        return Evaluation(
+            smooth / self.n + penalty, hard / self.n + penalty, gradient.to(packed.vectors.dtype)
+        )
 
     # -- dual -----------------------------------------------------------------------------------------------
 
-    def dual_point(self, packed: PackedNetwork, mu: float) -> tuple[DualPoint, float]:
-        """Dual point from the slopes and worst-case points of the smoothed problem, and the hard objective."""
-        spec = self._spectrum(packed)
+    def dual_point(self, packed: PackedNetwork, mu: float) -> tuple[DualPoint, float, float, float]:
+        """Dual point from the slopes and worst-case points of the smoothed problem.
+
+        Returns:
+            The dual point, the smoothed objective, the hard objective at the best scaling of the output weights, and
+            that scaling (margins are linear in it).
+        """
+        spec = self._scan.spectrum(packed)
         point = self._zero_dual()
-        hard = 0.0
-        for chunk, margins, steps in self._passes(packed, spec):
-            _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            hard += float(self._hard(margins).double().sum())
+        smooth = 0.0
+        everything = []
+        for chunk, _, margins, steps in self._scan.passes(packed, spec, self.radius):
+            value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
+            smooth += float(value.double().sum())
+            everything.append(margins)
+            x = self._x[chunk.rows]
             for group_pass, ehat in steps:
                 group = group_pass.group
-                weights = slopes[group.rows, group.column.unsqueeze(1)] * group.mask / self.n
-                for g in range(len(group.start)):
+                weights = group_pass.load(slopes) / self.n
+                for g, form in enumerate(group.forms.tolist()):
                     active = weights[g].nonzero().squeeze(1)
-                    if len(active) == 0:
-                        continue
-                    form = int(group.form[g])
-                    x = self._x[chunk.rows][group.rows[g, active]] + ehat[g, active] @ spec.basis[form].mT
-                    self._add_moments(point, form, float(group.sign[g]), weights[g, active], x)
+                    if len(active):
+                        worst = x[group.rows[g, active]] + ehat[g, active] @ spec.basis[form].mT
+                        self._add_moments(point, form, float(group.signs[g]), weights[g, active], worst)
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        return point, hard / self.n + penalty
+        scale, hard = self._best_scale(torch.cat(everything), penalty)
+        return point, smooth / self.n + penalty, hard, scale
+
+    def _best_scale(self, margins: Tensor, penalty: float) -> tuple[float, float]:
+        """Minimise mean loss(t * margins) + t * penalty over t by golden-section search; (t, value)."""
+        golden = 0.5 * (5**0.5 - 1)
+        low, high = 0.5, 2.0
+
+        def value(t: float) -> float:
+            return float(self._hard(t * margins).double().mean()) + t * penalty
+
+        best = (value(1.0), 1.0)
+        for _ in range(40):
+            left, right = high - golden * (high - low), low + golden * (high - low)
+            at_left, at_right = value(left), value(right)
+            best = min(best, (at_left, left), (at_right, right))
+            low, high = (low, right) if at_left <= at_right else (left, high)
+        return best[1], best[0]
+
+    def random_network(self, neurons: int, seed: int) -> Network:
+        """``neurons`` random unit neurons of each sign for every function, small output weights."""
+        generator = torch.Generator().manual_seed(seed)
+        count = 2 * neurons * self.num_functions
+        directions = torch.randn(count, self.d, generator=generator, dtype=torch.float64)
+        directions /= directions.norm(dim=1, keepdim=True)
+        index = torch.arange(count)
+        weights = torch.where(index % 2 == 0, 0.1, -0.1).double() / neurons
+        function = index // (2 * neurons)
+        device = self._x.device
+        return Network(directions.to(device), weights.to(device), function.to(device))
 
     def _zero_dual(self) -> DualPoint:
         device, size = self._x.device, self.d + 1
-        mass = torch.zeros(1 if self._pairwise else self.num_functions, dtype=torch.float64, device=device)
-        return DualPoint(mass, torch.zeros(self.num_functions, size, size, dtype=torch.float64, device=device))
+        mass = torch.zeros(
+            1 if self._scan.pairwise else self.num_functions, dtype=torch.float64, device=device
+        )
+        return DualPoint(
+            mass, torch.zeros(self.num_functions, size, size, dtype=torch.float64, device=device)
+        )
 
     def _add_moments(self, point: DualPoint, form: int, sign: float, weights: Tensor, x: Tensor) -> None:
         a, b, c = self.coefficients
@@ -262,11 +278,11 @@ class PolynomialProblem:
         moment[:d, :d] = a * (x.mT @ (weights.unsqueeze(1) * x)).double()
         moment[:d, d] = moment[d, :d] = 0.5 * b * (weights @ x).double()
         moment[d, d] = c * total
-        plus = int(self._forms.plus[form])
+        plus = int(self._scan.forms.plus[form])
         point.moments[plus] += sign * moment
-        if self._forms.minus is not None:
-            point.moments[int(self._forms.minus[form])] -= sign * moment
-        point.mass[0 if self._pairwise else plus] += total
+        if self._scan.forms.minus is not None:
+            point.moments[int(self._scan.forms.minus[form])] -= sign * moment
+        point.mass[0 if self._scan.pairwise else plus] += total
 
     def oracle(self, point: DualPoint) -> OracleAnswer:
         """Best neuron of every function and sign, and the rigorous lower bound that it proves."""
@@ -284,7 +300,7 @@ class PolynomialProblem:
             directions.append(u / u.norm(dim=-1, keepdim=True))
         bound = torch.stack(bounds, dim=1)
         peak = bound.amax(1)
-        scale = (self.reg / (peak.amax() if self._pairwise else peak).clamp_min(self.reg)).clamp_max(1.0)
+        scale = (self.reg / (peak.amax() if self._scan.pairwise else peak).clamp_min(self.reg)).clamp_max(1.0)
         return OracleAnswer(bound, torch.stack(directions, dim=1), float((scale * point.mass).sum()))
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
@@ -300,14 +316,14 @@ class PolynomialProblem:
         norm = step.norm(dim=-1, keepdim=True)
         inside = features.unsqueeze(1) + step * (self.radius / norm.clamp_min(max(self.radius, 1e-300)))
         point = self._zero_dual()
-        groups = plan(torch.bincount(labels, minlength=self.num_classes).tolist(), self._forms, self._pairwise, 1)
-        order = self._order
-        for group in groups:
-            for g in range(len(group.start)):
-                rows = order[group.rows[g, group.mask[g]]]
-                column = int(group.column[g])
-                x, s = inside[rows, column], weights[rows, column]
-                self._add_moments(point, int(group.form[g]), float(group.sign[g]), s, x)
+        whole = Chunk(slice(0, self.n), tuple(torch.bincount(labels, minlength=self.num_classes).tolist()))
+        for group in self._scan.groups(whole, 1):
+            for g, form in enumerate(group.forms.tolist()):
+                rows = self._order[group.start[g] : group.start[g] + group.length[g]]
+                column = int(group.columns[g, 0])
+                self._add_moments(
+                    point, form, float(group.signs[g]), weights[rows, column], inside[rows, column]
+                )
         return self.oracle(point).dual
 
     def _clip(self, weights: Tensor) -> Tensor:
@@ -316,32 +332,5 @@ class PolynomialProblem:
             return weights.clamp_max(cap)
         return weights * (cap / weights.sum(1, keepdim=True).clamp_min(cap))
 
-    # -- shared ---------------------------------------------------------------------------------------------
-
     def _hard(self, margins: Tensor) -> Tensor:
         return self._loss.value(margins, self.num_classes)
-
-    def _spectrum(self, packed: PackedNetwork) -> Spectrum:
-        return spectrum(packed, self._forms, self.coefficients, self.dtype)
-
-    def _project(self, chunk: _Chunk, packed: PackedNetwork) -> Tensor:
-        functions, m, d = packed.vectors.shape
-        flat = packed.vectors.reshape(functions * m, d).to(self.dtype)
-        return (self._x[chunk.rows] @ flat.mT).view(-1, functions, m)
-
-    def _passes(
-        self, packed: PackedNetwork, spec: Spectrum | None = None
-    ) -> Iterator[tuple[_Chunk, Tensor, list[tuple[GroupPass, Tensor]]]]:
-        """Chunk by chunk: worst-case margins (rows, K) and, a group, the steps that reach them."""
-        spec = spec or self._spectrum(packed)
-        for chunk in self._chunks:
-            tau = self._project(chunk, packed)
-            margins = tau.new_empty(tau.shape[0], self.num_margins)
-            steps = []
-            for group in plan(chunk.counts, self._forms, self._pairwise, spec.nu.shape[1]):
-                group_pass = GroupPass(group, spec, self._forms, self.coefficients)
-                value, ehat = group_pass.worst_case(group_pass.gather(tau), self.radius)
-                columns = group.column.unsqueeze(1).expand_as(group.rows)
-                margins[group.rows[group.mask], columns[group.mask]] = value[group.mask]
-                steps.append((group_pass, ehat))
-            yield chunk, margins, steps

@@ -1,0 +1,165 @@
+"""What every solver shares: argument checks, time, progress, interruption, and the final measurement.
+
+A concrete solver implements ``_solve(problem, run)``: it reports points and lower bounds to ``run`` and returns when
+``run.finished()`` says so or when it has nothing left to do. The returned point is the best one reported; its
+objective is measured again by the problem, never taken from the solver.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from convex_head.errors import ConvergenceWarning, ToleranceError
+from convex_head.solvers.result import Progress, SolveResult, Status, relative_gap
+
+Callback = Callable[[Progress], Any]
+
+
+@dataclass
+class Run:
+    """Book-keeping of one solve: best point, best bound, history, clock.
+
+    A callback that returns True ends the solve after the current iteration.
+    """
+
+    tol: float
+    max_seconds: float | None
+    callbacks: tuple[Callback, ...]
+    seed: int
+    start: Any = None
+    began: float = field(default_factory=time.perf_counter)
+    primal: float = math.inf
+    dual: float = 0.0
+    network: Any = None
+    history: list[Progress] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+    stalled: bool = False
+
+    @property
+    def gap(self) -> float:
+        """Relative gap of the best point and the best bound."""
+        return relative_gap(self.primal, self.dual) if self.primal < math.inf else math.inf
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock since the start."""
+        return time.perf_counter() - self.began
+
+    def out_of_time(self) -> bool:
+        """The time limit has passed."""
+        return self.max_seconds is not None and self.seconds >= self.max_seconds
+
+    def finished(self) -> bool:
+        """Converged, out of time, or stopped by a callback."""
+        return self.gap <= self.tol or self.out_of_time() or self.stopped
+
+    def report(self, *, primal: float, dual: float, network: Any, neurons: int) -> None:
+        """Record a point with its exact objective and a lower bound of the optimum."""
+        if primal < self.primal:
+            self.primal, self.network = primal, network
+        self.dual = max(self.dual, dual)
+        line = Progress(len(self.history), self.seconds, self.primal, self.dual, self.gap, neurons)
+        self.history.append(line)
+        for callback in self.callbacks:
+            if callback(line) is True:
+                self.stopped = True
+
+
+class Solver(abc.ABC):
+    """One algorithm. Subclasses set ``name`` and implement ``_solve``."""
+
+    name: ClassVar[str]
+
+    def solve(
+        self,
+        problem: Any,
+        *,
+        tol: float = 1e-2,
+        max_seconds: float | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        seed: int = 0,
+        start: Any = None,
+    ) -> SolveResult:
+        """Minimise ``problem``.
+
+        Args:
+            problem: for example :class:`~convex_head.problems.polynomial.PolynomialProblem`.
+            tol: relative duality gap to reach, > 0.
+            max_seconds: wall-clock limit, or None.
+            callbacks: called with a :class:`Progress` an outer iteration; one that returns True stops the solve.
+            seed: seeds whatever is random.
+            start: a network to start from (warm start), or None.
+
+        Returns:
+            The best point with its re-measured objective. CONVERGED only if its gap is at most ``tol``; otherwise a
+            :class:`ConvergenceWarning` says what was reached. Ctrl-C returns the best point so far, if there is one.
+
+        Raises:
+            ToleranceError: tol or max_seconds is not positive and finite.
+            SolverError: the algorithm failed without a usable point.
+        """
+        check_positive("tol", tol)
+        if max_seconds is not None:
+            check_positive("max_seconds", max_seconds)
+        run = Run(tol, max_seconds, tuple(callbacks), seed, start)
+        interrupted = False
+        try:
+            self._solve(problem, run)
+        except KeyboardInterrupt:
+            if run.network is None:
+                raise
+            interrupted = True
+        return self._finish(problem, run, interrupted)
+
+    @abc.abstractmethod
+    def _solve(self, problem: Any, run: Run) -> None:
+        """Report points to ``run`` until ``run.finished()``."""
+
+    def _finish(self, problem: Any, run: Run, interrupted: bool) -> SolveResult:
+        primal = problem.objective(run.network)
+        gap = relative_gap(primal, run.dual)
+        if gap <= run.tol:
+            status = Status.CONVERGED
+        elif interrupted or run.stopped:
+            status = Status.INTERRUPTED
+        elif run.out_of_time():
+            status = Status.MAX_TIME
+        else:
+            status = Status.STALLED if run.stalled else Status.MAX_ITER
+        message = f"{self.name}: {status.value} after {run.seconds:.3g} s, objective {primal:.6g}, relative gap {gap:.3g}"
+        if status is not Status.CONVERGED:
+            warnings.warn(
+                f"{message}; tol = {run.tol:g} was not reached. Allow more time (max_seconds), a larger tol, or more "
+                "regularisation (reg).",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        return SolveResult(
+            status=status,
+            primal=primal,
+            dual=run.dual,
+            gap=gap,
+            neurons=run.network.size,
+            seconds=run.seconds,
+            iterations=len(run.history),
+            history=tuple(run.history),
+            message=message,
+            solver=self.name,
+            network=run.network,
+            extra=run.extra,
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ToleranceError unless value is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ToleranceError(
+            f"{name} must be a positive finite number; found {value!r}. Use for example {name}=1e-2."
+        )

@@ -1,0 +1,93 @@
+"""Limited-memory BFGS on a tensor, on its device, interruptible between evaluations.
+
+torch.optim.LBFGS is not used: it costs a Python loop over parameters and several evaluations a step in its strong
+Wolfe search, where one evaluation here is a pass over the data; scipy's would move every iterate to the host.
+
+Source: J. Nocedal and S. Wright, "Numerical Optimization" (2006), algorithms 7.4-7.5, with an Armijo backtracking
+search; pairs that break the curvature condition are skipped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Objective = Callable[[Tensor], tuple[float, Tensor]]
+
+
+def minimise(
+    objective: Objective,
+    x: Tensor,
+    *,
+    converged: Callable[[Tensor, Tensor], bool],
+    max_evaluations: int,
+    stop: Callable[[], bool],
+    memory: int = 20,
+) -> tuple[Tensor, int]:
+    """Minimise a C^1 function from x.
+
+    Args:
+        objective: returns (value, gradient) at a point.
+        x: start; any shape.
+        converged: called with a point and its gradient; True ends the search.
+        max_evaluations: bound on calls of ``objective``.
+        stop: asked between evaluations; True ends the search.
+        memory: number of correction pairs.
+
+    Returns:
+        The best point found and the number of evaluations.
+    """
+    value, gradient = objective(x)
+    evaluations = 1
+    pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
+    while evaluations < max_evaluations and not stop() and not converged(x, gradient):
+        direction = _two_loop(gradient, pairs)
+        slope = float((direction * gradient).sum())
+        if slope >= 0:
+            if not pairs:
+                break
+            pairs.clear()
+            continue
+        length = 1.0 if pairs else min(1.0, abs(value) / max(-slope, 1e-300))
+        accepted = False
+        while evaluations < max_evaluations and not stop():
+            candidate = x + length * direction
+            new_value, new_gradient = objective(candidate)
+            evaluations += 1
+            if new_value <= value + 1e-4 * length * slope:
+                accepted = True
+                break
+            curvature = 2 * (new_value - value - length * slope) / length**2
+            length = min(0.5 * length, max(0.1 * length, -slope / curvature if curvature > 0 else 0.0))
+            if length < 1e-12:
+                break
+        if not accepted:
+            if not pairs:
+                break
+            pairs.clear()
+            continue
+        step, change = candidate - x, new_gradient - gradient
+        product = float((step * change).sum())
+        if product > 1e-12 * float(step.norm() * change.norm()):
+            pairs.append((step, change, product))
+        x, value, gradient = candidate, new_value, new_gradient
+    return x, evaluations
+
+
+def _two_loop(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]]) -> Tensor:
+    q = -gradient
+    if not pairs:
+        return q
+    coefficients = []
+    for step, change, product in reversed(pairs):
+        coefficient = (step * q).sum() / product
+        coefficients.append(coefficient)
+        q = q - coefficient * change
+    step, change, product = pairs[-1]
+    q = q * (product / change.square().sum())
+    for (step, change, product), coefficient in zip(pairs, reversed(coefficients), strict=True):
+        q = q + (coefficient - (change * q).sum() / product) * step
+    return q

@@ -80,16 +80,10 @@ def lower_bound(lowest: Tensor, slope: Tensor, value: Tensor) -> Tensor:
         value: the quadratic at e = 0, assumed >= 0. All three broadcast.
     """
     value = value.clamp_min(0)
-    return (
-        2
-        * value
-        / (slope + (slope.square() - 2 * value * lowest.clamp_max(0)).sqrt()).clamp_min(_tiny(value))
-    )
+    return 2 * value / (slope + (slope.square() - 2 * value * lowest.clamp_max(0)).sqrt()).clamp_min(_tiny(value))
 
 
-def _start(
-    gaps: Tensor, gradient: Tensor, value: Tensor, lowest: Tensor, low: Tensor
-) -> tuple[Tensor, Tensor]:
+def _start(gaps: Tensor, gradient: Tensor, value: Tensor, lowest: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """A first delta near the root and an upper end of its bracket, from the cheap bound of the distance."""
     norm = gradient.norm(dim=-1)
     rho = lower_bound(lowest, norm, value).clamp_min(_tiny(value))

@@ -206,9 +206,7 @@ class GroupPass:
         signed = omega.unsqueeze(-1) * self.beta
         coefficient = signed * torch.add(self.b * self.nu, at_worst, alpha=2 * self.a)
         tiny = torch.finfo(tau.dtype).tiny ** 0.5
-        own = self.b * (signed * at_worst).sum(1) / self.nu.squeeze(1).clamp_min(
-            tiny
-        ) + 2 * self.c * signed.sum(1)
+        own = self.b * (signed * at_worst).sum(1) / self.nu.squeeze(1).clamp_min(tiny) + 2 * self.c * signed.sum(1)
         return coefficient, ehat.mT @ coefficient, own
 
 

@@ -91,7 +91,5 @@ def get_loss(name: str) -> MarginLoss:
         UnknownLossError: the name is not one of the losses here.
     """
     if name not in LOSSES:
-        raise UnknownLossError(
-            f"loss must be one of {', '.join(LOSSES)}; found {name!r}. Pick one of these names."
-        )
+        raise UnknownLossError(f"loss must be one of {', '.join(LOSSES)}; found {name!r}. Pick one of these names.")
     return LOSSES[name]

@@ -50,9 +50,7 @@ class DualPoint:
 
     def mix(self, other: DualPoint, share: float) -> DualPoint:
         """(1 - share) self + share other, again a dual point because S and the balls' hulls are convex."""
-        return DualPoint(
-            torch.lerp(self.mass, other.mass, share), torch.lerp(self.moments, other.moments, share)
-        )
+        return DualPoint(torch.lerp(self.mass, other.mass, share), torch.lerp(self.moments, other.moments, share))
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,7 @@ class PolynomialProblem:
         vectors = forms.gather(packed.vectors.to(self.dtype))
         forms.scatter((spec.basis @ cross).mT + own.unsqueeze(-1) * vectors, gradient)
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        return Evaluation(
-            smooth / self.n + penalty, hard / self.n + penalty, gradient.to(packed.vectors.dtype)
-        )
+        return Evaluation(smooth / self.n + penalty, hard / self.n + penalty, gradient.to(packed.vectors.dtype))
 
     # -- dual -----------------------------------------------------------------------------------------------
 
@@ -249,6 +245,13 @@ class PolynomialProblem:
             low, high = (low, right) if at_left <= at_right else (left, high)
         return best[1], best[0]
 
+    def zero_network(self) -> Network:
+        """One neuron of weight 0 a function: the zero function, in a form that can be deployed."""
+        functions = torch.arange(self.num_functions, device=self._x.device)
+        directions = torch.zeros(self.num_functions, self.d, dtype=torch.float64, device=self._x.device)
+        directions[:, 0] = 1
+        return Network(directions, torch.zeros_like(directions[:, 0]), functions)
+
     def random_network(self, neurons: int, seed: int) -> Network:
         """``neurons`` random unit neurons of each sign for every function, small output weights."""
         generator = torch.Generator().manual_seed(seed)
@@ -263,12 +266,8 @@ class PolynomialProblem:
 
     def _zero_dual(self) -> DualPoint:
         device, size = self._x.device, self.d + 1
-        mass = torch.zeros(
-            1 if self._scan.pairwise else self.num_functions, dtype=torch.float64, device=device
-        )
-        return DualPoint(
-            mass, torch.zeros(self.num_functions, size, size, dtype=torch.float64, device=device)
-        )
+        mass = torch.zeros(1 if self._scan.pairwise else self.num_functions, dtype=torch.float64, device=device)
+        return DualPoint(mass, torch.zeros(self.num_functions, size, size, dtype=torch.float64, device=device))
 
     def _add_moments(self, point: DualPoint, form: int, sign: float, weights: Tensor, x: Tensor) -> None:
         a, b, c = self.coefficients
@@ -321,9 +320,7 @@ class PolynomialProblem:
             for g, form in enumerate(group.forms.tolist()):
                 rows = self._order[group.start[g] : group.start[g] + group.length[g]]
                 column = int(group.columns[g, 0])
-                self._add_moments(
-                    point, form, float(group.signs[g]), weights[rows, column], inside[rows, column]
-                )
+                self._add_moments(point, form, float(group.signs[g]), weights[rows, column], inside[rows, column])
         return self.oracle(point).dual
 
     def _clip(self, weights: Tensor) -> Tensor:

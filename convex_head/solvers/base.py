@@ -133,7 +133,9 @@ class Solver(abc.ABC):
             status = Status.MAX_TIME
         else:
             status = Status.STALLED if run.stalled else Status.MAX_ITER
-        message = f"{self.name}: {status.value} after {run.seconds:.3g} s, objective {primal:.6g}, relative gap {gap:.3g}"
+        message = (
+            f"{self.name}: {status.value} after {run.seconds:.3g} s, objective {primal:.6g}, relative gap {gap:.3g}"
+        )
         if status is not Status.CONVERGED:
             warnings.warn(
                 f"{message}; tol = {run.tol:g} was not reached. Allow more time (max_seconds), a larger tol, or more "
@@ -160,6 +162,4 @@ class Solver(abc.ABC):
 def check_positive(name: str, value: float) -> None:
     """Raise ToleranceError unless value is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ToleranceError(
-            f"{name} must be a positive finite number; found {value!r}. Use for example {name}=1e-2."
-        )
+        raise ToleranceError(f"{name} must be a positive finite number; found {value!r}. Use for example {name}=1e-2.")

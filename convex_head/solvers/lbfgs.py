@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]

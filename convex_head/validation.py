@@ -1,0 +1,148 @@
+"""Checks of what users pass in. Each rule has its own error; messages state rule, value found and next step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convex_head.errors import (
+    ClassCountError,
+    CoefficientError,
+    EmptyDataError,
+    FeatureShapeError,
+    FeatureTypeError,
+    LabelRangeError,
+    LabelShapeError,
+    LabelTypeError,
+    NonFiniteFeaturesError,
+    RadiusError,
+    RegularisationError,
+    SingleClassError,
+)
+
+
+def check_features(features: Any, width: int | None = None) -> Tensor:
+    """Return features as a detached (n, d) tensor of a floating dtype.
+
+    Raises:
+        FeatureTypeError: not real numbers.
+        FeatureShapeError: not two axes, or not ``width`` columns.
+        EmptyDataError: no rows.
+        NonFiniteFeaturesError: NaN or infinity.
+    """
+    tensor = _as_tensor(features, "features", FeatureTypeError)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise FeatureTypeError(f"features must be real numbers; found dtype {tensor.dtype}. Convert them to float.")
+    if tensor.ndim != 2:
+        raise FeatureShapeError(
+            f"features must have two axes (examples, features); found shape {tuple(tensor.shape)}. "
+            "Flatten each example with features.reshape(n, -1)."
+        )
+    if tensor.shape[0] == 0:
+        raise EmptyDataError(f"features must hold at least one example; found shape {tuple(tensor.shape)}. Pass data.")
+    if width is not None and tensor.shape[1] != width:
+        raise FeatureShapeError(
+            f"features must have in_features = {width} columns; found {tensor.shape[1]}. "
+            "Build the head with the width that the backbone produces."
+        )
+    if tensor.shape[1] == 0:
+        raise FeatureShapeError("features must have at least one column; found 0. Pass data.")
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        tensor = tensor.double()
+    finite = torch.isfinite(tensor).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().squeeze(1)
+        raise NonFiniteFeaturesError(
+            f"features must be finite; found NaN or infinity in {len(bad)} of {len(finite)} rows, first in row "
+            f"{int(bad[0])}. Remove these rows or mend the backbone."
+        )
+    return tensor
+
+
+def check_labels(labels: Any, n: int, num_classes: int, *, training: bool = False) -> Tensor:
+    """Return labels as an (n,) int64 tensor in 0..num_classes-1.
+
+    Raises:
+        LabelTypeError: not integers.
+        LabelShapeError: not one label an example.
+        LabelRangeError: outside 0..num_classes-1.
+        SingleClassError: ``training`` and only one class occurs.
+    """
+    tensor = _as_tensor(labels, "labels", LabelTypeError)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise LabelTypeError(f"labels must be integers; found dtype {tensor.dtype}. Use labels.long().")
+    if tensor.shape != (n,):
+        raise LabelShapeError(
+            f"labels must have one entry for each of the {n} examples; found shape {tuple(tensor.shape)}. "
+            "Pass class indices, not one-hot rows."
+        )
+    tensor = tensor.detach().long()
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or high >= num_classes:
+        raise LabelRangeError(
+            f"labels must lie in 0..{num_classes - 1}; found {low}..{high}. Renumber the classes or raise num_classes."
+        )
+    if training and low == high:
+        raise SingleClassError(f"training needs at least two classes; found only label {low}. Add examples of another.")
+    return tensor
+
+
+def check_radius(radius: Any) -> float:
+    """Return a feature radius; RadiusError unless it is a finite number >= 0."""
+    if not _is_number(radius) or not 0 <= radius < math.inf:
+        raise RadiusError(f"radius must be a finite number >= 0; found {radius!r}. Use for example radius=0.5.")
+    return float(radius)
+
+
+def check_reg(reg: Any) -> float:
+    """Return a regularisation weight; RegularisationError unless it is a finite number > 0."""
+    if not _is_number(reg) or not 0 < reg < math.inf:
+        raise RegularisationError(f"reg must be a finite number > 0; found {reg!r}. Use for example reg=1e-3.")
+    return float(reg)
+
+
+def check_coefficients(coefficients: Any) -> tuple[float, float, float]:
+    """Return (a, b, c); CoefficientError unless they are three finite numbers with a > 0."""
+    try:
+        values = tuple(float(v) for v in coefficients)
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) != 3 or not all(math.isfinite(v) for v in values):
+        raise CoefficientError(f"coefficients must be three finite numbers (a, b, c); found {coefficients!r}.")
+    if values[0] <= 0:
+        raise CoefficientError(
+            f"the activation a t^2 + b t + c needs a > 0; found a = {values[0]:g}. Use for example (0.09, 0.5, 0.47)."
+        )
+    return values[0], values[1], values[2]
+
+
+def check_num_classes(num_classes: Any) -> int:
+    """Return a number of classes; ClassCountError unless it is an integer >= 2."""
+    if not isinstance(num_classes, (int, np.integer)) or isinstance(num_classes, bool) or num_classes < 2:
+        raise ClassCountError(f"num_classes must be an integer >= 2; found {num_classes!r}.")
+    return int(num_classes)
+
+
+def check_in_features(in_features: Any) -> int:
+    """Return a feature width; FeatureShapeError unless it is an integer >= 1."""
+    if not isinstance(in_features, (int, np.integer)) or isinstance(in_features, bool) or in_features < 1:
+        raise FeatureShapeError(f"in_features must be an integer >= 1; found {in_features!r}.")
+    return int(in_features)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _as_tensor(values: Any, name: str, error: type[Exception]) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError) as fault:
+        raise error(f"{name} must be an array of numbers; found {type(values).__name__} ({fault}).") from fault

@@ -5,9 +5,9 @@
     sanity         what a masked gradient looks like from behind                       (sanity_checks)
     record         counts over all points, per-example results, cost, provenance       (records)
 
-The unit of work is one batch of one stage of one attack. After each, progress goes to ``state``; since a batch
-depends on nothing but the points that earlier stages left and on the seed, a run that was killed ends in the
-same record.
+The unit of work is one batch of one stage of one attack. After each, progress goes to ``state``; since a
+batch depends on nothing but the points that earlier stages left and on the seed, a run that was killed ends
+in the same record.
 """
 
 from __future__ import annotations
@@ -126,8 +126,7 @@ def evaluate(
         record = run.record(
             name=name or type(model).__name__,
             fingerprint=fingerprint,
-            dataset_name=dataset_name
-            or str(data if isinstance(data, str) else getattr(data, "name", "custom")),
+            dataset_name=dataset_name or str(data if isinstance(data, str) else getattr(data, "name", "custom")),
             command=command,
             metadata=metadata or {},
         )

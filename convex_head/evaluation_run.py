@@ -19,7 +19,7 @@ from convex_head.evaluation_progress import EvalProgress, Listener
 from convex_head.model_checks import check_model, clean_logits
 from convex_head.records import EvalRecord
 from convex_head.resume import Progress, StageProgress
-from convex_head.sanity_checks import check_after
+from convex_head.sanity_checks import check_larger_eps, check_stages, check_unchanged
 from convex_head.threat import ThreatModel
 
 
@@ -83,10 +83,8 @@ class EvaluationRun:
             AttackError: an attack does not fit the number of classes or the norm.
         """
         classes = self.saved.report["num_classes"]
-        self._plan = [
-            (attack, stage) for attack in self.attacks for stage in attack.stages(classes, self.threat)
-        ]
         view = ModelView(self.model, tuple(self.images.shape[1:]), scale=self.saved.report["scale"])
+        self._plan = [(attack, stage) for attack in self.attacks for stage in attack.stages(view, classes, self.threat)]
         for index, (attack, stage) in enumerate(self._plan):
             self._run_stage(view, attack, stage, index)
 
@@ -128,17 +126,41 @@ class EvaluationRun:
 
     def sanity(self, fingerprint: str) -> None:
         """Flags that only show after the attacks."""
-        if "after" not in self.saved.report:
-            robust = torch.tensor([mark == "1" for mark in self.robust_row()])
-            self.saved.report["after"] = check_after(self, robust, fingerprint)
-            self._save()
+        if "after" in self.saved.report:
+            return
+        report = self.saved.report
+        clean = torch.tensor([mark == "1" for mark in report["clean"]])
+        robust = torch.tensor([mark == "1" for mark in self.robust_row()])
+        stages = [(stage, self.saved.stages[_key(attack, stage)]) for attack, stage in self._plan]
+        flags = check_stages(stages, len(clean))
+        flags.update(
+            check_larger_eps(
+                self.model,
+                self.images[clean],
+                self.labels[clean],
+                robust[clean],
+                self.threat,
+                scale=report["scale"],
+                seed=self.seed,
+                device=self.device,
+            )
+        )
+        flags.update(
+            check_unchanged(
+                {"weights": fingerprint, "clean predictions": report["clean"][: self.batch_size]},
+                {
+                    "weights": provenance.model_fingerprint(self.model),
+                    "clean predictions": self._clean_row(self.batch_size),
+                },
+            )
+        )
+        report["after"] = flags
+        self._save()
 
     def robust_row(self) -> str:
         """n characters, "1" right without attack and under everything so far."""
         rows = [self.saved.report["clean"], *(stage.row for stage in self.saved.stages.values())]
-        return "".join(
-            "1" if marks[0] == "1" and "0" not in marks else "0" for marks in zip(*rows, strict=True)
-        )
+        return "".join("1" if marks[0] == "1" and "0" not in marks else "0" for marks in zip(*rows, strict=True))
 
     def record(
         self,
@@ -193,9 +215,7 @@ class EvaluationRun:
     def _outcome(self, attack: Attack) -> str:
         """One character a point over all stages: broken by any, else right under some, else not given."""
         rows = [done.row for _, done in self._stages_of(attack).values()]
-        return "".join(
-            "0" if "0" in marks else ("1" if "1" in marks else "-") for marks in zip(*rows, strict=True)
-        )
+        return "".join("0" if "0" in marks else ("1" if "1" in marks else "-") for marks in zip(*rows, strict=True))
 
     def _counts(self, attack: Attack, outcome: str) -> dict[str, Any]:
         stages = self._stages_of(attack)
@@ -228,9 +248,13 @@ class EvaluationRun:
             )
         )
 
+    def _clean_row(self, count: int) -> str:
+        """Clean predictions of the first ``count`` points, made again."""
+        logits = clean_logits(self.model, self.images[:count], self.batch_size, self.device)
+        return _row(logits.argmax(dim=1) == self.labels[:count])
+
     def _same_predictions(self) -> None:
-        logits = clean_logits(self.model, self.images, self.batch_size, self.device)
-        found = _row(logits.argmax(dim=1) == self.labels)
+        found = self._clean_row(len(self.labels))
         differing = sum(a != b for a, b in zip(found, self.saved.report["clean"], strict=True))
         if differing and "nondeterministic" not in self.saved.report["flags"]:
             raise ResumeMismatchError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from convex_head.attacks.descent import steepest_descent
 from convex_head.attacks.isolation import process_state
-from convex_head.attacks.view import ModelView, attack_shape
+from convex_head.attacks.view import ModelView, attack_shape, margins
 from convex_head.errors import ModelContractError
 from convex_head.threat import ThreatModel
 
@@ -104,9 +104,7 @@ def clean_logits(model: nn.Module, images: Tensor, batch_size: int, device: torc
         ModelContractError: the output of a batch is no floating point tensor (b, K).
     """
     view = ModelView(model, tuple(images.shape[1:]))
-    return torch.cat(
-        [_checked_output(view, batch.to(device)).cpu() for batch in _batches(images, batch_size)]
-    )
+    return torch.cat([_checked_output(view, batch.to(device)).cpu() for batch in _batches(images, batch_size)])
 
 
 def _batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -130,7 +128,7 @@ def _checked_output(view: ModelView, batch: Tensor) -> Tensor:
 
 
 def check_logits(logits: Tensor, labels: Tensor) -> None:
-    """Raise :class:`ModelContractError` unless these are finite logits, of two classes or more, for the labels."""
+    """Raise :class:`ModelContractError` unless these are finite logits of two or more classes."""
     classes = logits.shape[1]
     if classes < 2:
         raise ModelContractError(
@@ -194,9 +192,7 @@ def _behaviour(model: nn.Module, probe: Tensor) -> dict[str, str]:
         first, second = view(probe), view(probe)
         repeated = _relative_difference(first, second)
         if not repeated < _SAME:
-            return {
-                "nondeterministic": f"two passes of one batch differ by {repeated:.1e} of the logits' spread"
-            }
+            return {"nondeterministic": f"two passes of one batch differ by {repeated:.1e} of the logits' spread"}
         # The mirrored images stand between the passes, so that a model that remembers its last call shows.
         view(1.0 - probe)
         others = {
@@ -226,13 +222,6 @@ def _logit_scale(logits: Tensor) -> tuple[float, dict[str, str]]:
     }
 
 
-def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) logit of the label minus the largest other logit."""
-    own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -math.inf)
-    return own - others.amax(dim=1)
-
-
 def _gradients(view: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel) -> dict[str, str]:
     """Does the margin have a gradient, and does the margin follow it?"""
     inputs = images.clone().requires_grad_()
@@ -243,9 +232,7 @@ def _gradients(view: ModelView, images: Tensor, labels: Tensor, threat: ThreatMo
     share = float(absent.float().mean())
     if share > _BLIND_SHARE:
         return {"zero_gradient": f"the margin has no gradient for {share:.0%} of {len(images)} images"}
-    ratio = _followed(
-        view, images[~absent], labels[~absent], start.detach()[~absent], gradient[~absent], threat
-    )
+    ratio = _followed(view, images[~absent], labels[~absent], start.detach()[~absent], gradient[~absent], threat)
     blind = float((ratio < _FOLLOWED).float().mean())
     if blind > 0.5:
         return {

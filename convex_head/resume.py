@@ -1,7 +1,8 @@
 """Progress of an evaluation on disk, so that a killed run goes on where it was.
 
 One JSON file, replaced atomically after every batch: the *key* says what is being evaluated, *stages* holds
-one row of characters each, the *checksum* guards both. Going on with another key is refused with what differs.
+one row of characters each, the *checksum* guards both. Going on with another key is refused, saying what
+differs.
 """
 
 from __future__ import annotations

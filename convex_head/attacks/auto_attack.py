@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convex_head.attacks.base import Attack
+from convex_head.attacks.base import Attack, run_stages
 from convex_head.attacks.registry import add_factory
 from convex_head.attacks.view import ModelView
 from convex_head.errors import AttackError, MissingExtraError
@@ -89,7 +89,7 @@ class Component(Attack):
             "square": 1.0 + queries,
         }[kind]
 
-    def stages(self, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
+    def stages(self, model: ModelView, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
         self.check_norm(threat)
         least = _LEAST_CLASSES.get(self.kind, 2)
         if num_classes < least:
@@ -119,16 +119,12 @@ class Component(Attack):
             kept["queries"] = self.queries
         return kept
 
-    def perturb(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
-    ) -> Tensor:
+    def perturb(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> Tensor:
         if self.kind == "square":
             return self._square(model, images, labels, threat, seed)
         return self._searcher(model, images.device, threat, seed).perturb(images, labels)
 
-    def _searcher(
-        self, model: Callable[[Tensor], Tensor], device: torch.device, threat: ThreatModel, seed: int
-    ) -> Any:
+    def _searcher(self, model: Callable[[Tensor], Tensor], device: torch.device, threat: ThreatModel, seed: int) -> Any:
         """AutoAttack's own object for this component, set up as its standard version sets it up."""
         # Its warnings about zero gradients are flags of the record here.
         logging.getLogger("auto-attack").setLevel(logging.CRITICAL)
@@ -155,9 +151,7 @@ class Component(Attack):
         searcher.seed = seed
         return searcher
 
-    def _square(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, seed: int
-    ) -> Tensor:
+    def _square(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, seed: int) -> Tensor:
         """Square on images that are too thin for its L2 and L1 windows is run on a folded, padded copy.
 
         Padding only wastes budget: a perturbation of the padded image restricts to one of no larger norm.
@@ -193,28 +187,16 @@ class AutoAttack(Attack):
         self.name = "autoattack" if version == "standard" else f"autoattack-{version}"
         self.cost = {"standard": 9798.0, "plus": 16000.0, "rand": 8500.0}[version]
 
-    def stages(self, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
+    def stages(self, model: ModelView, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
         self.check_norm(threat)
         chosen = getattr(self, f"_{self.version}")(num_classes)
-        return tuple(stage for component in chosen for stage in component.stages(num_classes, threat))
+        return tuple(stage for component in chosen for stage in component.stages(model, num_classes, threat))
 
     def settings(self) -> dict[str, Any]:
         return {"version": self.version, "package": autoattack_package().__name__}
 
-    def perturb(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
-    ) -> Tensor:
-        with torch.no_grad():
-            num_classes = model(images[:1]).shape[1]
-        found = images.clone()
-        left = torch.arange(len(images), device=images.device)
-        for stage in self.stages(num_classes, threat):
-            if len(left) == 0:
-                break
-            result = stage.run(model, images[left], labels[left], threat, seed=seed)
-            found[left[result.broken]] = result.images[result.broken]
-            left = left[~result.broken]
-        return found
+    def perturb(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> Tensor:
+        return run_stages(self, model, images, labels, threat, seed=seed)
 
     @staticmethod
     def _standard(num_classes: int) -> list[Component]:
@@ -232,9 +214,7 @@ class AutoAttack(Attack):
     @staticmethod
     def _plus(num_classes: int) -> list[Component]:
         usable = [kind for kind in _PLUS if num_classes >= _LEAST_CLASSES.get(kind, 2)]
-        return [
-            Component(kind, restarts=5 if kind in ("apgd-ce", "apgd-dlr", "fab") else None) for kind in usable
-        ]
+        return [Component(kind, restarts=5 if kind in ("apgd-ce", "apgd-dlr", "fab") else None) for kind in usable]
 
     @staticmethod
     def _rand(num_classes: int) -> list[Component]:
@@ -243,8 +223,6 @@ class AutoAttack(Attack):
 
 
 for _version in _VERSIONS:
-    add_factory(
-        "autoattack" if _version == "standard" else f"autoattack-{_version}", partial(AutoAttack, _version)
-    )
+    add_factory("autoattack" if _version == "standard" else f"autoattack-{_version}", partial(AutoAttack, _version))
 for _kind in _PLUS:
     add_factory(_kind, partial(Component, _kind))

@@ -64,9 +64,7 @@ class Attack(ABC):
     norms: tuple[str, ...] = NORMS
 
     @abstractmethod
-    def perturb(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
-    ) -> Tensor:
+    def perturb(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> Tensor:
         """Search around ``images``.
 
         Args:
@@ -80,11 +78,13 @@ class Attack(ABC):
             (n, c, h, w) candidates; success is measured by the caller.
         """
 
-    def stages(self, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
+    def stages(self, model: ModelView, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
         """The attacks to run one after the other on what survives; a simple attack is its own stage.
 
+        Called for every attack before the first one runs, so that a misfit costs no hours.
+
         Raises:
-            AttackError: the attack does not fit this number of classes or this threat.
+            AttackError: the attack does not fit this model, number of classes or threat.
         """
         self.check_norm(threat)
         return (self,)
@@ -101,9 +101,7 @@ class Attack(ABC):
                 "Choose another attack or another norm."
             )
 
-    def run(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
-    ) -> AttackResult:
+    def run(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> AttackResult:
         """Run :meth:`perturb` in isolation and measure its result.
 
         Args: as :meth:`perturb`.
@@ -116,9 +114,7 @@ class Attack(ABC):
         with isolated(model, seed):
             # eps = 0 leaves nothing to search, and some libraries divide by it.
             candidate = (
-                self.perturb(model, images.clone(), labels.clone(), threat, seed=seed)
-                if threat.eps > 0
-                else images
+                self.perturb(model, images.clone(), labels.clone(), threat, seed=seed) if threat.eps > 0 else images
             )
             measured, broken, outside = self._measure(model, images, labels, candidate, threat)
         return AttackResult(
@@ -144,6 +140,22 @@ class Attack(ABC):
         columns = (-1, *(1 for _ in images.shape[1:]))
         measured = torch.where(inside.view(columns), candidate, images).clamp(0.0, 1.0)
         return measured, inside & ~is_right(model, measured, labels), int((~inside).sum())
+
+
+def run_stages(
+    attack: Attack, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
+) -> Tensor:
+    """(n, c, h, w): every stage of ``attack`` on what the stages before it left; clean where none succeeds."""
+    with torch.no_grad():
+        num_classes = model(images[:1]).shape[1]
+    found, left = images.clone(), torch.arange(len(images), device=images.device)
+    for stage in attack.stages(model, num_classes, threat):
+        result = stage.run(model, images[left], labels[left], threat, seed=seed)
+        found[left[result.broken]] = result.images[result.broken]
+        left = left[~result.broken]
+        if len(left) == 0:
+            break
+    return found
 
 
 def within(images: Tensor, candidate: Tensor, threat: ThreatModel) -> Tensor:

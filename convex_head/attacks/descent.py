@@ -45,7 +45,7 @@ def random_start(images: Tensor, threat: ThreatModel, generator: torch.Generator
 
 
 def descend(
-    objective: Callable[[Tensor, int], Tensor],
+    objective: Callable[[Tensor], Tensor],
     images: Tensor,
     start: Tensor,
     threat: ThreatModel,
@@ -53,15 +53,17 @@ def descend(
     steps: int,
     first_step: float = 2.0,
     last_step: float = 0.05,
+    stop_below: float = -torch.inf,
 ) -> tuple[Tensor, Tensor]:
     """Minimise ``objective`` inside the threat set around ``images``, an example at a time.
 
     Args:
-        objective: (points (n, ...), step number) to (n,) values, differentiable.
+        objective: (n, ...) points to (n,) values, differentiable.
         images: (n, ...) centres.
         start: (n, ...) first iterates, inside the threat set.
         steps: gradient steps; their lengths fall geometrically.
         first_step, last_step: lengths in units of eps.
+        stop_below: end early once every value is below it.
 
     Returns:
         (n, ...) best points and their (n,) values.
@@ -71,12 +73,12 @@ def descend(
     for step in range(steps + 1):
         point = x.clone().requires_grad_()
         with torch.enable_grad():
-            value = objective(point, step)
+            value = objective(point)
             gradient = torch.autograd.grad(value.sum(), point)[0]
         better = value.detach() < best_value
         best_value = torch.where(better, value.detach(), best_value)
         best[better] = x[better]
-        if step == steps:
+        if step == steps or bool((best_value < stop_below).all()):
             break
         length = first_step * (last_step / first_step) ** (step / max(1, steps - 1))
         direction = steepest_descent(torch.nan_to_num(gradient), threat.norm)

@@ -42,9 +42,7 @@ class FunctionAttack(Attack):
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
 
-    def perturb(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
-    ) -> Tensor:
+    def perturb(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> Tensor:
         return self._function(model, images, labels, threat, seed=seed, **self._settings)
 
 
@@ -117,7 +115,10 @@ def resolve_attack(attack: AttackLike) -> Attack:
 
 
 def resolve_attacks(attacks: AttackLike | Iterable[AttackLike]) -> tuple[Attack, ...]:
-    """All attacks, cheapest first; attacks of equal cost keep their order.
+    """All attacks, cheapest first, black-box ones last; attacks of equal cost keep their order.
+
+    A black-box attack that breaks what all white-box attacks left is a sign of masked gradients, which shows only
+    in this order.
 
     Raises:
         AttackError: a name occurs twice.
@@ -126,7 +127,7 @@ def resolve_attacks(attacks: AttackLike | Iterable[AttackLike]) -> tuple[Attack,
     names = [attack.name for attack in resolved]
     if len(set(names)) != len(names):
         raise AttackError(f"Each attack runs once; found {names}. Remove the repeated one.")
-    return tuple(sorted(resolved, key=lambda attack: attack.cost))
+    return tuple(sorted(resolved, key=lambda attack: (not attack.white_box, attack.cost)))
 
 
 def _as_list(attacks: AttackLike | Iterable[AttackLike]) -> list[AttackLike]:
@@ -168,4 +169,10 @@ def _from_entry_point(name: str) -> Factory:
 
 def _load_built_in() -> None:
     # Imported for their registrations; here and not at the top, because they import this module.
-    from convex_head.attacks import auto_attack, torch_attacks  # noqa: F401
+    from convex_head.attacks import (  # noqa: F401
+        auto_attack,
+        feature_exact,
+        foolbox_attacks,
+        soft_gate,
+        torch_attacks,
+    )

@@ -20,11 +20,11 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from convex_head.attacks.base import Attack
-from convex_head.attacks.registry import add_factory
-from convex_head.attacks.view import ModelView
+from convex_head.attacks.base import Attack, run_stages
+from convex_head.attacks.registry import AttackLike, add_factory, resolve_attack
+from convex_head.attacks.view import ModelView, attack_shape, is_right
 from convex_head.errors import AttackError, MissingExtraError, UnknownAttackError
 from convex_head.threat import ThreatModel
 
@@ -93,7 +93,7 @@ class TorchAttack(Attack):
         self.cost = self._passes()
         self._num_classes = 0
 
-    def stages(self, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
+    def stages(self, model: ModelView, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
         self.check_norm(threat)
         least = _LEAST_CLASSES.get(self.kind, 2)
         if num_classes < least:
@@ -104,9 +104,7 @@ class TorchAttack(Attack):
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
 
-    def perturb(
-        self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int
-    ) -> Tensor:
+    def perturb(self, model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> Tensor:
         # The library prints when a model has no parameter to take the device from.
         with contextlib.redirect_stdout(io.StringIO()):
             attack = self._class(model, **self._arguments(threat, seed))
@@ -162,6 +160,41 @@ class TorchAttack(Attack):
             if isinstance(values.get(key), int):
                 passes *= max(1, values[key])
         return passes
+
+
+def as_torchattack(model: nn.Module, attack: AttackLike, threat: ThreatModel, *, seed: int = 0) -> Any:
+    """Any attack of this package as a ``torchattacks.Attack``: called with (images, labels), returns images.
+
+    Args:
+        model: images in [0, 1] to logits; for "feature-exact" a spliced model.
+        attack: name, (name, settings) or :class:`Attack`.
+        threat: norm and eps.
+        seed: seed of every call.
+
+    Raises:
+        MissingExtraError: torchattacks is not installed.
+        UnknownAttackError, AttackError: the attack is not known or does not fit.
+    """
+    resolved = resolve_attack(attack)
+    base = torchattacks_package().Attack
+
+    class ConvexHeadAttack(base):  # type: ignore[misc, valid-type]
+        """One attack of convex_head behind torchattacks' interface."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(resolved.name, model)
+            self.eps, self.norm, self.seed = threat.eps, threat.norm, seed
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+            """(n, c, h, w) images and (n,) labels to adversarial images; those not broken come back as given."""
+            view = ModelView(self.model, tuple(inputs.shape[1:]))
+            images = inputs.detach().reshape(-1, *attack_shape(view.input_shape))
+            found, right = images.clone(), is_right(view, images, labels)
+            if right.any():
+                found[right] = run_stages(resolved, view, images[right], labels[right], threat, seed=seed)
+            return found.reshape(inputs.shape)
+
+    return ConvexHeadAttack(model)
 
 
 add_factory("torchattacks:", TorchAttack)

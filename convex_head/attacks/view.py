@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from convex_head.errors import AttackError
 
 
 @dataclass
@@ -79,6 +82,28 @@ class ModelView(nn.Module):
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.passes.backwards += gradient.shape[0]
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) logit of the label minus the largest other logit."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -math.inf)
+    return own - others.amax(dim=1)
+
+
+def spliced_parts(view: ModelView, method: str, attack: str) -> tuple[ModelView, Any]:
+    """The counted backbone and the head of a spliced model whose head has ``method``.
+
+    Raises:
+        AttackError: the model has no submodules ``backbone`` and ``head``, or the head lacks the method.
+    """
+    parts = dict(view.inner.named_children())
+    if "backbone" not in parts or not callable(getattr(parts.get("head"), method, None)):
+        raise AttackError(
+            f"{attack} needs a spliced model whose head has {method}(); found {type(view.inner).__name__} with "
+            f"the parts {', '.join(parts) or 'none'}. Splice a head with convex_head.replace_head."
+        )
+    return view.part("backbone"), parts["head"]
 
 
 @torch.no_grad()

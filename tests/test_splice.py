@@ -54,10 +54,9 @@ def images():
 # ---- every architecture
 
 
-def tv(name):
-    return lambda: pytest.importorskip("torchvision.models").get_model(
-        name, weights=None, num_classes=CLASSES
-    )
+def tv(name, **options):
+    models = "torchvision.models"
+    return lambda: pytest.importorskip(models).get_model(name, weights=None, num_classes=CLASSES, **options)
 
 
 def tv_vit():
@@ -139,9 +138,7 @@ def test_own_classifier_on_the_features_gives_the_logits(case):
         expected_logits = net(images)
     assert features.shape == (3, weight.shape[1])
     assert features.abs().max() > 0
-    torch.testing.assert_close(
-        own, expected_logits, rtol=1e-4, atol=1e-5 * expected_logits.abs().max().item()
-    )
+    torch.testing.assert_close(own, expected_logits, rtol=1e-4, atol=1e-5 * expected_logits.abs().max().item())
     assert not model.backbone.ends_early  # nothing runs after these classifiers: an exportable backbone
     assert model(images).shape == (3, 3)
 
@@ -161,9 +158,7 @@ def test_original_is_untouched(small, images):
 # ---- what follows the classifier
 
 
-@pytest.mark.parametrize(
-    "tail", [nn.LogSoftmax(1), nn.Softmax(1), nn.ReLU(), nn.Hardtanh(-0.01, 0.01, inplace=True)]
-)
+@pytest.mark.parametrize("tail", [nn.LogSoftmax(1), nn.Softmax(1), nn.ReLU(), nn.Hardtanh(-0.01, 0.01, inplace=True)])
 def test_what_runs_after_the_classifier_is_replaced_too(small, images, tail):
     """fc2 then softmax, or a write into fc2's output: an identity at fc2 would send features through it."""
     small.tail = tail
@@ -363,9 +358,7 @@ def test_backbone_stays_in_evaluation_mode(spliced, images):
     expected = spliced.features(images)
     state = copy.deepcopy(spliced.state_dict())
     spliced.train()
-    assert (
-        spliced.training and spliced.head.training and not any(m.training for m in spliced.backbone.modules())
-    )
+    assert spliced.training and spliced.head.training and not any(m.training for m in spliced.backbone.modules())
     spliced.backbone.train()
     assert torch.equal(spliced.features(images), expected)
     for module in spliced.modules():  # behind its back
@@ -381,9 +374,7 @@ def test_frozen_backbone_lets_image_gradients_through(spliced, images):
     assert all(parameter.requires_grad for parameter in spliced.head.parameters())
     inputs = images.double().requires_grad_()
     spliced.double()
-    assert torch.autograd.gradcheck(
-        lambda x: spliced(x).sum(), inputs[:1, :, :2, :2].detach().requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda x: spliced(x).sum(), inputs[:1, :, :2, :2].detach().requires_grad_())
     spliced(inputs).sum().backward()
     assert inputs.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in spliced.backbone.parameters())

@@ -89,8 +89,7 @@ class Dataset:
         positions = torch.as_tensor(indices)
         if positions.ndim != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
             raise SubsetError(
-                f"indices must be a vector of integers, got {positions.dtype} {tuple(positions.shape)}; "
-                "pass positions"
+                f"indices must be a vector of integers, got {positions.dtype} {tuple(positions.shape)}; pass positions"
             )
         if positions.numel() and not (-len(self) <= positions.min() and positions.max() < len(self)):
             raise SubsetError(
@@ -153,9 +152,7 @@ def load_dataset(
     return Dataset(images.float(), labels[positions], name, raw.split or split, tuple(raw.classes))
 
 
-def as_pair(
-    data: Any, *, n: int | None = None, seed: int | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
+def as_pair(data: Any, *, n: int | None = None, seed: int | None = None, **options: Any) -> tuple[Tensor, Tensor]:
     """Images and labels of whatever a caller calls data, checked.
 
     Args:
@@ -238,17 +235,11 @@ def _checked_pair(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
     if not images.is_floating_point():
         raise ImageError(f"images must be floating point, got {images.dtype}; pass images.float() / 255")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise LabelTypeError(
-            f"labels must be integers, got {labels.dtype}; pass class indices, labels.long()"
-        )
+        raise LabelTypeError(f"labels must be integers, got {labels.dtype}; pass class indices, labels.long()")
     if labels.ndim != 1:
-        raise LabelShapeError(
-            f"labels must be a vector (n,), got shape {tuple(labels.shape)}; pass class indices"
-        )
+        raise LabelShapeError(f"labels must be a vector (n,), got shape {tuple(labels.shape)}; pass class indices")
     if len(images) != len(labels):
-        raise LabelShapeError(
-            f"there must be one label an image, got {len(images)} images, {len(labels)} labels"
-        )
+        raise LabelShapeError(f"there must be one label an image, got {len(images)} images, {len(labels)} labels")
     if images.numel() == 0:
         raise EmptyDataError(
             f"data must hold at least one example, got images of shape {tuple(images.shape)}; add some"

@@ -135,21 +135,15 @@ def _folder(split: str, data_dir: Path | None, download: bool, *, resize: int | 
     """
     datasets = _torchvision("torchvision.datasets")
     if data_dir is None or not data_dir.is_dir():
-        raise DatasetNotFoundError(
-            f"folder needs data_dir with one subfolder a class, got {data_dir}; pass one"
-        )
+        raise DatasetNotFoundError(f"folder needs data_dir with one subfolder a class, got {data_dir}; pass one")
     has_splits = any((data_dir / name).is_dir() for name in SPLITS)
     root = data_dir / split if has_splits else data_dir
     try:
         pictures = datasets.ImageFolder(str(root))
     except FileNotFoundError as error:
-        raise DatasetNotFoundError(
-            f"no <class>/<picture> under {root}; arrange pictures so ({error})"
-        ) from error
+        raise DatasetNotFoundError(f"no <class>/<picture> under {root}; arrange pictures so ({error})") from error
     labels = torch.tensor(pictures.targets)
-    return Examples(
-        _Pictures(pictures, resize), labels, tuple(pictures.classes), split if has_splits else "all"
-    )
+    return Examples(_Pictures(pictures, resize), labels, tuple(pictures.classes), split if has_splits else "all")
 
 
 class _Pictures:
@@ -166,9 +160,7 @@ class _Pictures:
             try:
                 image = self.pictures[position][0]
             except OSError as error:
-                raise DatasetFormatError(
-                    f"a picture cannot be read ({error}); replace or remove it"
-                ) from error
+                raise DatasetFormatError(f"a picture cannot be read ({error}); replace or remove it") from error
             if self.resize is not None:
                 image = functional.center_crop(functional.resize(image, self.resize), self.resize)
             images.append(functional.pil_to_tensor(image))
@@ -198,14 +190,12 @@ def read_idx(path: Path) -> np.ndarray:
     start = 4 + 4 * content[3] if len(content) >= 4 else 0
     if content[:3] != b"\0\0\x08" or not 4 < start <= len(content):
         raise DatasetFormatError(
-            f"an idx file of bytes starts with 0x000008, then sizes; {path} with 0x{content[:4].hex()}; "
-            "fetch it again"
+            f"an idx file of bytes starts with 0x000008, then sizes; {path} with 0x{content[:4].hex()}; fetch it again"
         )
     shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">u4"))
     if len(content) != start + math.prod(shape):
         raise DatasetFormatError(
-            f"{path} declares shape {shape}, {start + math.prod(shape)} bytes, but has {len(content)}; "
-            "fetch it again"
+            f"{path} declares shape {shape}, {start + math.prod(shape)} bytes, but has {len(content)}; fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 

@@ -67,9 +67,7 @@ class ThreatModel:
         """
         norm, colon, eps = str(text).partition(":")
         if not colon:
-            raise ThreatModelError(
-                f"a threat model reads norm:eps, got {text!r}; write for example 'Linf:8/255'"
-            )
+            raise ThreatModelError(f"a threat model reads norm:eps, got {text!r}; write for example 'Linf:8/255'")
         return cls(norm, eps)
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -127,9 +125,7 @@ class ThreatModel:
         """
         missing = {"norm", "eps", "eps_text"} - set(data)
         if missing:
-            raise ThreatModelError(
-                f"a stored threat has norm, eps and eps_text; missing {sorted(missing)}; add them"
-            )
+            raise ThreatModelError(f"a stored threat has norm, eps and eps_text; missing {sorted(missing)}; add them")
         threat = cls(data["norm"], data["eps_text"])
         if threat.eps != data["eps"]:
             raise ThreatModelError(

@@ -138,9 +138,7 @@ def test_subset_by_positions():
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(
-        errors.UnknownDatasetError, match=r"'mnits'.*breast_cancer, cifar10, cifar100, digits"
-    ):
+    with pytest.raises(errors.UnknownDatasetError, match=r"'mnits'.*breast_cancer, cifar10, cifar100, digits"):
         load_dataset("mnits")
 
 
@@ -277,9 +275,7 @@ def test_damaged_cifar10_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_missing_cifar_names_three_ways(tmp_path, name):
     pytest.importorskip("torchvision")
-    with pytest.raises(
-        errors.DatasetNotFoundError, match=rf"{name}.*\(1\).*\(2\).*data_dir.*\(3\).*download=True"
-    ):
+    with pytest.raises(errors.DatasetNotFoundError, match=rf"{name}.*\(1\).*\(2\).*data_dir.*\(3\).*download=True"):
         load_dataset(name, data_dir=tmp_path)
 
 

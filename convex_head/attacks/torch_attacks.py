@@ -45,7 +45,7 @@ _NOT_ATTACKS = {
 # Perturb within an eps of another norm than Linf; attacks with a norm argument take the threat's.
 _OTHER_NORMS = {"PGDL2": "L2", "PGDRSL2": "L2"}
 _BLACK_BOX = ("GN", "OnePixel", "Pixle", "SPSA", "Square")
-_LEAST_CLASSES = {"APGDT": 4}
+_LEAST_CLASSES = {"APGDT": 4, "JSMA": 10}
 
 
 def torchattacks_package() -> ModuleType:
@@ -109,7 +109,13 @@ class TorchAttack(Attack):
         with contextlib.redirect_stdout(io.StringIO()):
             attack = self._class(model, **self._arguments(threat, seed))
             attack.set_device(images.device)
-            found: Tensor = attack(images, labels)
+            try:
+                found: Tensor = attack(images, labels)
+            except (RuntimeError, ValueError, IndexError) as problem:
+                raise AttackError(
+                    f"{self.name} fails on images of shape {tuple(images.shape[1:])}: {problem}. "
+                    "Choose another attack; some of torchattacks' take RGB images only."
+                ) from problem
         return found
 
     def _arguments(self, threat: ThreatModel, seed: int) -> dict[str, Any]:

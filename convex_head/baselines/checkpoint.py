@@ -65,8 +65,7 @@ def load(
         differing = [name for name in key if saved["key"].get(name) != key[name]]
     except Exception as error:
         raise ResumeMismatchError(
-            f"{path} is not a readable training checkpoint ({type(error).__name__}); "
-            "delete it and start again."
+            f"{path} is not a readable training checkpoint ({type(error).__name__}); delete it and start again."
         ) from error
     if differing:
         raise ResumeMismatchError(

@@ -92,9 +92,7 @@ class MLPHead(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, in_features: int, num_classes: int, *, hidden: int = 256, features: Tensor | None = None
-    ):
+    def __init__(self, in_features: int, num_classes: int, *, hidden: int = 256, features: Tensor | None = None):
         super().__init__()
         mean, std = torch.zeros(in_features), torch.ones(in_features)
         if features is not None:
@@ -124,8 +122,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int | None) -> int:
         raise EmptyDataError("fitting a head needs at least one example; got none.")
     if features.ndim != 2 or labels.shape != (len(features),):
         raise FeatureShapeError(
-            "features must be (n, d) with labels (n,); "
-            f"got {tuple(features.shape)} and {tuple(labels.shape)}."
+            f"features must be (n, d) with labels (n,); got {tuple(features.shape)} and {tuple(labels.shape)}."
         )
     if not torch.isfinite(features).all():
         raise NonFiniteFeaturesError("features hold NaN or infinity; check the backbone's output.")

@@ -93,9 +93,7 @@ class PreActResNet(nn.Module):
         for index, (blocks, out) in enumerate(zip(depth_blocks, widths, strict=True)):
             strides = [1 if index == 0 else 2] + [1] * (blocks - 1)
             inputs = [width] + [out] * (blocks - 1)
-            stages.append(
-                nn.Sequential(*(PreActBlock(i, out, s) for i, s in zip(inputs, strides, strict=True)))
-            )
+            stages.append(nn.Sequential(*(PreActBlock(i, out, s) for i, s in zip(inputs, strides, strict=True))))
             width = out
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(width)

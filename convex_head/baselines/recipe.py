@@ -81,8 +81,7 @@ class Recipe:
         """
         if threat is None:
             raise ThreatModelError(
-                f"recipe {self.name!r} trains against a threat and got none; "
-                "pass threat=ThreatModel('Linf', '8/255')."
+                f"recipe {self.name!r} trains against a threat and got none; pass threat=ThreatModel('Linf', '8/255')."
             )
         if threat.norm not in ("Linf", "L2"):
             raise ThreatModelError(

@@ -53,7 +53,5 @@ class Trades(Recipe):
             step_size=self.relative_step * threat.eps,
         )
         logits = model(images)
-        divergence = F.kl_div(
-            F.log_softmax(model(adversarial), dim=1), F.softmax(logits, dim=1), reduction="batchmean"
-        )
+        divergence = F.kl_div(F.log_softmax(model(adversarial), dim=1), F.softmax(logits, dim=1), reduction="batchmean")
         return F.cross_entropy(logits, labels) + self.beta * divergence, logits

@@ -110,9 +110,7 @@ def train(
     )
 
 
-def _check(
-    model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float
-) -> None:
+def _check(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, batch_size: int, lr: float) -> None:
     if len(images) == 0:
         raise EmptyDataError("training needs at least one example; got none. Check the split or the filter.")
     if labels.ndim != 1 or len(labels) != len(images):

@@ -6,9 +6,9 @@ The master keeps a finite set P_ik of points of each ball and solves
 
 a relaxation of the robust problem whose only matrix constraints are the 2F moments Z_c, Z'_c (conic.py).
 The oracle returns the worst point of every ball for the master's network (one trust-region subproblem each);
-those that violate their margin join P. The network's exact objective is an upper bound; the multipliers of
-the margins, as weights of their points, give the lower bound. Source: A. Mutapcic and S. Boyd, "Cutting-set
-methods for robust convex optimization with pessimizing oracles", Optim. Methods Softw. 24 (2009).
+those that violate their margin join P, those without a multiplier leave it. The network's exact objective is an
+upper bound; the multipliers, as weights of their points, give the lower bound. Source: A. Mutapcic and S. Boyd,
+"Cutting-set methods for robust convex optimization with pessimizing oracles", Optim. Methods Softw. 24 (2009).
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Cuts:
 
     points: np.ndarray
     owner: np.ndarray
+
+    def keep(self, rows: np.ndarray) -> Cuts:
+        """The cuts at these positions."""
+        return Cuts(self.points[rows], self.owner[rows])
 
     def add(self, points: np.ndarray, owner: np.ndarray) -> Cuts:
         """These cuts and more."""
@@ -88,7 +92,7 @@ class CuttingSet(Solver):
             if len(found.owner) == 0:
                 run.stalled = not run.finished()
                 return
-            cuts = cuts.add(found.points, found.owner)
+            cuts = cuts.keep(master.active(count)).add(found.points, found.owner)
 
 
 class Master:
@@ -109,6 +113,11 @@ class Master:
     def margin_values(self) -> np.ndarray:
         """(n K,) the margins w_ik that the master believes."""
         return np.asarray(self._margins.value).reshape(-1)
+
+    def active(self, always: int) -> np.ndarray:
+        """Positions of the first ``always`` cuts, which bound every margin, and of those with a multiplier."""
+        weights = np.asarray(self._bound.dual_value)
+        return np.flatnonzero((weights > 1e-4 / self._problem.n) | (np.arange(len(weights)) < always))
 
     def multipliers(self) -> np.ndarray:
         """(n, K, d+1, d+1) moments of the steps to the points, weighted by their bounds' multipliers."""

@@ -172,3 +172,7 @@ class AttackError(InputError):
 
 class AttackContractError(ConvexHeadError):
     """An attack returned something that is no batch of images of the shape it was given."""
+
+
+class EntryError(ConvexHeadError, ValueError):
+    """A leaderboard entry is damaged, contradicts its record, or may not be listed."""

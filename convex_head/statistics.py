@@ -36,7 +36,10 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided exact McNemar p-value of ``only_a`` against ``only_b`` discordant points; 1 without any."""
     discordant = only_a + only_b
-    tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
+    term = tail = 1
+    for k in range(min(only_a, only_b)):
+        term = term * (discordant - k) // (k + 1)
+        tail += term
     # Integers divide exactly here; 2**discordant overflows a float from about 1,000 points on.
     return min(1.0, 2 * tail / 2**discordant)
 

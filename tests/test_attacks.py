@@ -317,7 +317,7 @@ def test_conformance_finds_what_is_wrong() -> None:
     def too_far(model: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, *, seed: int) -> Tensor:
         return (images + 2 * threat.eps).clamp(0, 1)
 
-    with pytest.raises(AttackContractError, match="two runs with one seed differ|breaks nothing"):
+    with pytest.raises(AttackContractError, match=r"two runs with one seed differ|breaks nothing"):
         check_attack("unseeded")
     with pytest.raises(AttackContractError, match="left the threat set"):
         check_attack("too-far")

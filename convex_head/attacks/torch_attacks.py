@@ -182,7 +182,7 @@ def as_torchattack(model: nn.Module, attack: AttackLike, threat: ThreatModel, *,
         UnknownAttackError, AttackError: the attack is not known or does not fit.
     """
     resolved = resolve_attack(attack)
-    base = torchattacks_package().Attack
+    base = torchattacks_package().attack.Attack
 
     class ConvexHeadAttack(base):  # type: ignore[misc, valid-type]
         """One attack of convex_head behind torchattacks' interface."""

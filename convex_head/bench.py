@@ -129,14 +129,20 @@ def run_bench(settings: BenchSettings, out: Path, *, jobs: int, listener: Listen
     Returns:
         the records of the rows that exist now, in the order of ``settings.rows()``.
     """
-    missing = [row for row in settings.rows() if _finished(settings, row, out) is None]
-    recipes = [recipe for recipe in settings.recipes if any(row.recipe == recipe for row in missing)]
-    tasks = [Task(f"train {name}", partial(_train_task, settings, name, out)) for name in recipes]
-    tasks += [Task(row.name, partial(_row_task, settings, row, out), after=f"train {row.recipe}") for row in missing]
+    tasks = plan(settings, out)
     if tasks:
         run_tasks(tasks, jobs, listener)
     found = [_finished(settings, row, out) for row in settings.rows()]
     return [record for record in found if record is not None]
+
+
+def plan(settings: BenchSettings, out: Path) -> list[Task]:
+    """What is left to do: the backbones first, then the rows that ``out`` does not hold."""
+    missing = [row for row in settings.rows() if _finished(settings, row, out) is None]
+    recipes = [recipe for recipe in settings.recipes if any(row.recipe == recipe for row in missing)]
+    tasks = [Task(f"train {name}", partial(_train_task, settings, name, out)) for name in recipes]
+    rows = [Task(row.name, partial(_row_task, settings, row, out), after=f"train {row.recipe}") for row in missing]
+    return tasks + rows
 
 
 def row_key(settings: BenchSettings, row: Row) -> str:

@@ -176,3 +176,19 @@ class AttackContractError(ConvexHeadError):
 
 class EntryError(ConvexHeadError, ValueError):
     """A leaderboard entry is damaged, contradicts its record, or may not be listed."""
+
+
+class ModelSpecError(InputError):
+    """The text that names a model cannot be resolved."""
+
+
+class CheckpointError(InputError):
+    """A file of weights is missing, damaged, or for another architecture."""
+
+
+class FeatureFileError(InputError):
+    """A file of features or labels cannot be read."""
+
+
+class WeightsNotFoundError(ConvexHeadError, FileNotFoundError):
+    """A zoo model's weights are not on this machine and could not be downloaded."""

@@ -1,0 +1,219 @@
+"""``convex-head``: bench, fit, evaluate, leaderboard, doctor.
+
+Results go to stdout, progress and errors to stderr; exit codes are in :mod:`convex_head.cli_common`. Heavy imports
+wait until a command runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convex_head.cli_common import EXIT_CODES, FAILED, DataDir, Debug, Json, Quiet, Seed, guarded
+from convex_head.cli_leaderboard import leaderboard
+from convex_head.console import messages, results
+
+app = typer.Typer(
+    name="convex-head",
+    help="Swap a network's last layers for a certified convex robust head; measure robustness honestly.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(leaderboard, name="leaderboard")
+
+
+@app.command(epilog=EXIT_CODES)
+@guarded
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder of records, backbones and page.")] = Path("runs/bench"),
+    eps: Annotated[str, typer.Option(help="Linf radius in pixel units: 0.1, 8/255.")] = "0.1",
+    n_ex: Annotated[int, typer.Option("--n-ex", "--n_ex", help="Points of the test split.")] = 200,
+    seed: Seed = 0,
+    jobs: Annotated[int, typer.Option(help="Processes; 0 takes one for each CPU core.")] = 0,
+    quick: Annotated[bool, typer.Option(help="Seconds: two rows, few points, one attack.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The main job: small backbones on digits, their own, a linear and the convex head, under AutoAttack."""
+    from convex_head.bench import BenchSettings
+    from convex_head.bench_console import run_on_console
+
+    settings = BenchSettings(eps=eps, n=n_ex, seed=seed)
+    settings = settings.quick() if quick else settings
+    complete = run_on_console(settings, out, jobs=jobs or _cores(), as_json=as_json, quiet=quiet, debug=debug)
+    if not complete:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+@guarded
+def fit(
+    data: Annotated[str, typer.Argument(help=".npz with features and labels, or .npy of features (see --labels).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Head file to write.")] = Path("head.safetensors"),
+    labels: Annotated[Path | None, typer.Option(help=".npy of labels, for a .npy of features.")] = None,
+    radius: Annotated[float, typer.Option(help="Feature radius, in standardised units.")] = 0.5,
+    reg: Annotated[float, typer.Option(help="Regularisation weight.")] = 1e-2,
+    loss: Annotated[str, typer.Option(help="crammer_singer, multi_margin or one_vs_rest.")] = "crammer_singer",
+    solver: Annotated[str, typer.Option(help="auto, column_generation, sdp, cutting_set, penalty.")] = "auto",
+    tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-2,
+    max_seconds: Annotated[float | None, typer.Option(help="Time limit; the honest gap is kept.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a convex robust head on features, to global optimality, and write it to a file."""
+    from convex_head.feature_files import read_features
+    from convex_head.head import ConvexRobustHead
+
+    x, y = read_features(Path(data), labels)
+    head = ConvexRobustHead(x.shape[1], int(y.max()) + 1, radius=radius, reg=reg, loss=loss)
+    head.fit(x, y, solver=solver, tol=tol, max_seconds=max_seconds, seed=seed, progress=False if quiet else None)
+    head.save(out)
+    result = head.result_
+    assert result is not None
+    facts = {
+        "head": os.fspath(out),
+        "status": result.status.value,
+        "objective": result.primal,
+        "lower_bound": result.dual,
+        "gap": result.gap,
+        "neurons": result.neurons,
+        "seconds": result.seconds,
+    }
+    _print(facts, as_json)
+    if not result.converged:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+@guarded
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "--model_name", "--model-name", help="module:factory, torchvision:, timm: or robustbench:name."
+        ),
+    ],
+    dataset: Annotated[str, typer.Option(help="Name of the dataset.")] = "cifar10",
+    threat_model: Annotated[
+        str, typer.Option("--threat-model", "--threat_model", "--norm", help="Linf, L2, L1.")
+    ] = "Linf",
+    eps: Annotated[str, typer.Option(help="8/255, 0.031, 0.5.")] = "8/255",
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Name, repeatable; settings in brackets: 'torchattacks:PGD(steps=20)'.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File of weights; read with weights_only.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Let torchvision or timm download weights.")] = False,
+    head: Annotated[Path | None, typer.Option(help="Head file that replaces the classifier.")] = None,
+    at: Annotated[str | None, typer.Option(help="Node where the head goes; default: the classifier.")] = None,
+    n_ex: Annotated[int | None, typer.Option("--n-ex", "--n_ex", help="Points; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size")] = 128,
+    data_dir: DataDir = None,
+    model_dir: Annotated[str, typer.Option("--model-dir", "--model_dir", help="RobustBench's weights.")] = "models",
+    seed: Seed = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0.")] = None,
+    state: Annotated[Path | None, typer.Option(help="File to keep progress in and to go on from.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Record to write.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Clean and robust accuracy of any model; exit code 1 if the record is flagged."""
+    import warnings
+
+    import convex_head.evaluate as harness
+    from convex_head.data import load_dataset
+    from convex_head.errors import EvaluationWarning
+    from convex_head.head import ConvexRobustHead
+    from convex_head.model_specs import build_model
+    from convex_head.report.terminal import footnotes, results_table
+    from convex_head.splice import replace_head
+    from convex_head.threat import ThreatModel
+
+    threat = ThreatModel(threat_model, eps)
+    points = load_dataset(dataset, split="test", data_dir=data_dir, n=n_ex)
+    net: Any = build_model(
+        model,
+        num_classes=points.num_classes,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        dataset=dataset,
+        threat=threat,
+        model_dir=model_dir,
+    )
+    metadata: dict[str, Any] = {"backbone": model}
+    if head is not None:
+        fitted = ConvexRobustHead.load(head)
+        net = replace_head(net, fitted, at=at, example_input=points.images[:2])
+        metadata |= {"head": "convex", "radius": fitted.radius, "reg": fitted.reg}
+        if fitted.result_ is not None:
+            metadata |= {"gap": fitted.result_.gap, "status": str(fitted.result_.status)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EvaluationWarning)  # the footnotes say it
+        record = harness.evaluate(
+            net,
+            points,
+            threat,
+            tuple(attack or ("autoattack",)),
+            batch_size=batch_size,
+            seed=seed,
+            state=state,
+            device=device,
+            progress=not quiet,
+            name=model if head is None else f"{model} + {head.name}",
+            dataset_name=dataset,
+            metadata=metadata,
+        )
+    if out is not None:
+        record.save(out)
+    if as_json:
+        print(json.dumps(record.to_dict(), allow_nan=False))
+    else:
+        results().print(results_table([record], "", {}))
+        for line in footnotes([record]):
+            messages(quiet=quiet).print(line, style="dim", markup=False)
+    if record.flags:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+@guarded
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What is installed, what is broken upstream, and the remedy; exit code 1 if the core does not work."""
+    from convex_head.doctor import examine, findings_table
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding.to_dict() for finding in findings]))
+    else:
+        results().print(findings_table(findings))
+    if any(finding.state == "broken" and finding.needed for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, allow_nan=False))
+        return
+    for key, value in facts.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        results().print(f"{key:12} {shown}", markup=False)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -65,7 +65,7 @@ class BenchSettings:
     """
 
     eps: str = "0.1"
-    n: int = 200
+    n: int = 150
     seed: int = 0
     recipes: tuple[str, ...] = ("pgd_at", "sam", "standard")
     heads: tuple[str, ...] = ("own", "linear", "convex")
@@ -74,7 +74,7 @@ class BenchSettings:
     batch_size: int = 64
     lr: float = 0.1
     widths: tuple[int, ...] = (8, 32)
-    radii: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
+    radii: tuple[float, ...] = (0.5, 1.0, 2.0)
     regs: tuple[float, ...] = (0.1, 0.03)
     tol: float = 1e-2
     max_seconds: float = 20.0

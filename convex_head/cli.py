@@ -34,7 +34,7 @@ app.add_typer(leaderboard, name="leaderboard")
 def bench(
     out: Annotated[Path, typer.Option(help="Folder of records, backbones and page.")] = Path("runs/bench"),
     eps: Annotated[str, typer.Option(help="Linf radius in pixel units: 0.1, 8/255.")] = "0.1",
-    n_ex: Annotated[int, typer.Option("--n-ex", "--n_ex", help="Points of the test split.")] = 200,
+    n_ex: Annotated[int, typer.Option("--n-ex", "--n_ex", help="Points of the test split.")] = 150,
     seed: Seed = 0,
     jobs: Annotated[int, typer.Option(help="Processes; 0 takes one for each CPU core.")] = 0,
     quick: Annotated[bool, typer.Option(help="Seconds: two rows, few points, one attack.")] = False,

@@ -100,16 +100,24 @@ def export(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Print all entries as one JSON list, or write RobustBench's files."""
+    """Print the RobustBench fields of all entries as JSON, or write files for those that RobustBench would list."""
+    from convex_head.errors import RecordError
     from convex_head.json_files import write_json
     from convex_head.report import ranked
+    from convex_head.robust_bench_json import export_record
 
     entries = ranked(_entries(folder))
     if robustbench is None:
         results().print_json(json.dumps([entry.robustbench for entry in entries]))
         return
     for entry in entries:
-        write_json(robustbench / f"{entry.id}.json", entry.robustbench, indent=2)
+        keys = ("authors", "link", "venue", "architecture", "additional_data", "reported")
+        try:
+            payload = export_record(entry.record, **{key: entry.robustbench[key] for key in keys})
+        except RecordError as error:
+            messages().print(f"left out {entry.id}: {error}", markup=False)
+        else:
+            write_json(robustbench / f"{entry.id}.json", payload, indent=2)
 
 
 def _entries(folder: Path) -> list[Entry]:

@@ -61,7 +61,9 @@ def build_model(
     elif source == "timm":
         model = _timm(name, num_classes, pretrained)
     elif source == "robustbench":
-        model = _robustbench(name, dataset, threat, model_dir)
+        zoo = importlib.import_module("convex_head.robust_bench").zoo_model
+        norm = "Linf" if threat is None else threat.norm
+        model = zoo(name, dataset=dataset, threat_model=norm, model_dir=model_dir, pretrained=checkpoint is None)
     else:
         model = _factory(source, name, num_classes)
     if checkpoint is not None:
@@ -139,13 +141,6 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> nn.Module:
     net = _known(lambda: timm.create_model(name, **options), f"timm:{name}")
     config: Any = net.pretrained_cfg
     return nn.Sequential(Normalize(config["mean"], config["std"]), net)
-
-
-def _robustbench(name: str, dataset: str, threat: ThreatModel | None, model_dir: str | Path) -> nn.Module:
-    bridge = importlib.import_module("convex_head.robust_bench")
-    norm = "Linf" if threat is None else threat.norm
-    model: nn.Module = bridge.load_model(name, dataset=dataset, threat_model=norm, model_dir=model_dir)
-    return model
 
 
 def _import(module: str, extra: str) -> Any:

@@ -2,10 +2,12 @@
 
     {"link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
      "architecture", "eps", "clean_acc", "reported", "autoattack_acc",     <- exactly RobustBench's
-     "convex_head": {...}}                                                 <- EvalRecord.to_dict()
+     "external",                  <- too, where attacks beside AutoAttack broke more points
+     "convex_head": {...}}        <- EvalRecord.to_dict()
 
 RobustBench writes accuracies as percent strings ("84.59") and eps as text ("8/255"). What can be recomputed is:
 the record checks its counts against its per-example results, and the percentages must be those of the counts.
+"reported" is the authors' own claim, which nothing here can check.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Entry:
 
     Attributes:
         id: file name without suffix: lower-case letters, digits and hyphens.
-        robustbench: RobustBench's twelve fields.
+        robustbench: RobustBench's twelve fields, and "external" where it applies.
         record: the evaluation.
     """
 
@@ -66,6 +68,7 @@ class Entry:
         """The entry of a record; what RobustBench asks beyond it is passed by name."""
         auto = record.attacks.get("autoattack")
         percent = _percent(auto["robust_correct"] / record.n) if auto else ""
+        robust = _percent(record.robust_accuracy)
         fields = {
             "link": link,
             "name": record.name,
@@ -77,9 +80,11 @@ class Entry:
             "architecture": str(record.metadata.get("backbone") or record.model.get("class", "")),
             "eps": record.threat.eps_text,
             "clean_acc": _percent(record.clean_accuracy),
-            "reported": _percent(record.robust_accuracy),
+            "reported": percent or robust,
             "autoattack_acc": percent,
         }
+        if robust != percent:
+            fields["external"] = robust
         return cls(slug(record.name), fields, record)
 
     @classmethod
@@ -119,10 +124,11 @@ class Entry:
                 f"Rename it to {slug(self.id)}.json."
             )
         expected = Entry.from_record(self.record).robustbench
-        for name in ("eps", "clean_acc", "reported", "autoattack_acc", "dataset"):
-            if self.robustbench[name] != expected[name]:
+        for name in ("eps", "clean_acc", "autoattack_acc", "external", "dataset"):
+            if self.robustbench.get(name) != expected.get(name):
                 raise EntryError(
-                    f"{self.id}: {name} is {self.robustbench[name]!r}, but the record gives {expected[name]!r}. "
+                    f"{self.id}: {name} is {self.robustbench.get(name)!r}, but the record gives "
+                    f"{expected.get(name)!r}. "
                     "Add the record again with 'convex-head leaderboard add'."
                 )
 
@@ -180,14 +186,14 @@ def _percent(value: float) -> str:
 
 def _check_fields(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:
     missing = sorted(set(ROBUSTBENCH_FIELDS) - set(fields))
-    unknown = sorted(set(fields) - set(ROBUSTBENCH_FIELDS))
+    unknown = sorted(set(fields) - set(ROBUSTBENCH_FIELDS) - {"external"})
     if missing or unknown:
         raise EntryError(
             f"{os.fspath(path)}: an entry has RobustBench's fields and convex_head; missing {missing}, "
             f"unknown {unknown[:5]}. See schema.json."
         )
-    for name, kind in ROBUSTBENCH_FIELDS.items():
-        value = fields[name]
+    for name, value in fields.items():
+        kind = ROBUSTBENCH_FIELDS.get(name, str)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise EntryError(f"{os.fspath(path)}: {name} must be {kind.__name__}, is {type(value).__name__}.")
         if isinstance(value, str) and len(value) > TEXT_LIMIT:

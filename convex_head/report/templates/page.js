@@ -96,11 +96,12 @@
   const button = document.getElementById("theme");
   const dark = () => document.documentElement.dataset.theme
     ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  const show = () => { button.textContent = dark() ? "Light" : "Dark"; button.setAttribute("aria-pressed", dark()); };
+  const show = () => { button.textContent = dark() ? "Light colours" : "Dark colours"; };
   const remembered = (value) => {
     try { return value ? localStorage.setItem("theme", value) : localStorage.getItem("theme"); } catch { return null; }
   };
   if (["dark", "light"].includes(remembered())) document.documentElement.dataset.theme = remembered();
   button.addEventListener("click", () => { document.documentElement.dataset.theme = dark() ? "light" : "dark"; remembered(document.documentElement.dataset.theme); show(); });
+  button.hidden = false;
   show();
 })();

@@ -1,0 +1,374 @@
+"""Leaderboard entries, Markdown and page: correct numbers, hostile input, and no torch."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import convex_head.report
+from convex_head.errors import EntryError
+from convex_head.records import EvalRecord
+from convex_head.report import Entry, check_admissible, load_entries, ranked, render_markdown, render_page
+from convex_head.report.entries import ROBUSTBENCH_FIELDS, slug
+from convex_head.report.plots import curves, frontier
+from convex_head.report.terminal import comparison_lines, footnotes, gap_text, results_table
+from convex_head.statistics import mcnemar_exact, paired_interval
+from convex_head.threat import ThreatModel
+
+CHROMIUM = shutil.which("chromium")
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'`{{7*7}}|*"
+
+
+def make_record(name="m", clean="1111111110", robust="1111100000", eps="0.1", **fields) -> EvalRecord:
+    """A record whose one attack leaves ``robust`` of ``clean``; ``fields`` replace the rest."""
+    outcome = "".join(r if c == "1" else "-" for c, r in zip(clean, robust, strict=True))
+    counts = {
+        "attempted": outcome.count("0") + outcome.count("1"),
+        "broken": outcome.count("0"),
+        "skipped": 0,
+        "robust_correct": outcome.count("1"),
+        "forwards": 10,
+        "backwards": 5,
+        "seconds": 0.5,
+    }
+    values = {
+        "name": name,
+        "model": {"class": "Net", "parameters": 3, "fingerprint": name},
+        "dataset": {"name": "digits", "fingerprint": "f"},
+        "threat": ThreatModel("Linf", eps),
+        "n": len(clean),
+        "clean_correct": clean.count("1"),
+        "robust_correct": outcome.count("1"),
+        "attacks": {"autoattack": counts},
+        "clean": clean,
+        "outcomes": {"autoattack": outcome},
+        "labels": tuple(k % 2 for k in range(len(clean))),
+        "versions": {"torch": "2"},
+        "command": "convex-head bench",
+        "metadata": {"training": "sam", "head": "convex", "radius": 0.5, "gap": 1e-3, "status": "converged"},
+    }
+    return EvalRecord(**{**values, **fields})
+
+
+def test_entry_has_robustbench_fields_and_survives_the_disk(tmp_path):
+    entry = Entry.from_record(make_record("My model, v2!"), link="https://example.org", authors="A, B")
+    path = entry.save(tmp_path)
+    assert path.name == "my-model-v2.json"
+    payload = json.loads(path.read_text())
+    assert set(payload) == {*ROBUSTBENCH_FIELDS, "convex_head"}
+    assert (payload["clean_acc"], payload["autoattack_acc"], payload["eps"]) == ("90.00", "50.00", "0.1")
+    assert load_entries(tmp_path) == [entry]
+
+
+def test_attacks_beside_autoattack_are_external(tmp_path):
+    record = make_record(clean="1111", robust="1100")
+    more = {"attempted": 2, "broken": 1, "skipped": 2, "robust_correct": 1}
+    both = make_record(
+        clean="1111",
+        robust="1100",
+        robust_correct=1,
+        attacks={**record.attacks, "feature-exact": more},
+        outcomes={**record.outcomes, "feature-exact": "10--"},
+    )
+    entry = Entry.from_record(both)
+    assert entry.robustbench["autoattack_acc"] == "50.00" and entry.robustbench["external"] == "25.00"
+    entry.save(tmp_path)
+    assert load_entries(tmp_path) == [entry]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("venue"), r"missing \['venue'\]"),
+        (lambda p: p.update(extra=1), r"unknown \['extra'\]"),
+        (lambda p: p.update(additional_data="no"), "additional_data must be bool"),
+        (lambda p: p.update(number_forward_passes=True), "number_forward_passes must be int"),
+        (lambda p: p.update(authors="x" * 301), "301 characters"),
+        (lambda p: p.update(clean_acc="99.00"), "clean_acc is '99.00', but the record gives '90.00'"),
+        (lambda p: p.update(external="10.00"), "external is '10.00', but the record gives None"),
+        (lambda p: p["convex_head"].update(robust_correct=9), "robust_correct is 9"),
+        (lambda p: p["convex_head"].update(interval=[0, 1]), "interval"),
+        (lambda p: p.update(convex_head=[]), "schema"),
+    ],
+)
+def test_inconsistent_entries_are_refused(tmp_path, change, message):
+    path = Entry.from_record(make_record()).save(tmp_path)
+    payload = json.loads(path.read_text())
+    change(payload)
+    path.write_text(json.dumps(payload))
+    with pytest.raises(EntryError, match=message):
+        Entry.load(path)
+
+
+def test_nan_and_damaged_files_are_refused(tmp_path):
+    path = Entry.from_record(make_record()).save(tmp_path)
+    path.write_text(path.read_text().replace("0.5", "NaN", 1))
+    with pytest.raises(EntryError, match="NaN"):
+        Entry.load(path)
+    path.write_text("{")
+    with pytest.raises(EntryError, match="Cannot read"):
+        Entry.load(path)
+
+
+def test_flagged_and_unverifiable_entries_are_not_listed():
+    flagged = make_record(flags=("logit_scale",), flag_details={"logit_scale": "1e6"})
+    with pytest.raises(EntryError, match="logit_scale: 1e6"):
+        check_admissible(Entry.from_record(flagged))
+    bare = make_record(clean="", robust="", outcomes={}, n=10, clean_correct=9, robust_correct=5)
+    with pytest.raises(EntryError, match="per-example"):
+        check_admissible(Entry.from_record(bare))
+    check_admissible(Entry.from_record(make_record()))
+
+
+def test_ranking():
+    names = [("b", "1110000000", "0.1"), ("a", "1111110000", "0.1"), ("c", "1111111111", "0.2")]
+    entries = [Entry.from_record(make_record(n, robust=r, eps=e)) for n, r, e in names]
+    assert [entry.id for entry in ranked(entries)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("A b", "a-b"), ("../../etc", "etc"), ("###", "entry"), ("x" * 200, "x" * 80)]
+)
+def test_slug(text, expected):
+    assert slug(text) == expected
+
+
+class Page(HTMLParser):
+    """Tags, text of cells, and whether everything that opens closes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "input"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def hostile_entry(name=HOSTILE) -> Entry:
+    record = make_record(
+        name,
+        metadata={"training": HOSTILE, "head": HOSTILE, "radius": float("inf"), "x": "y" * 10**6, HOSTILE: 1},
+        versions={HOSTILE: HOSTILE},
+        command=HOSTILE,
+        dataset={"name": HOSTILE, "fingerprint": HOSTILE},
+    )
+    return Entry.from_record(record, link="javascript:alert(1)", authors=HOSTILE, venue=HOSTILE)
+
+
+def test_page_shows_every_entry_once_and_is_self_contained():
+    entries = [Entry.from_record(make_record(name, robust=r)) for name, r in [("a", "1" * 10), ("b", "0" * 10)]]
+    text = render_page(entries, title="T", note="N")
+    page = Page(text)
+    assert [row["id"] for row in page.all("details")] == ["entry-a", "entry-b"]
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
+    assert len(page.all("h1")) == 1 and page.all("html") == [{"lang": "en"}]
+    assert all("scope" in cell for cell in page.all("th"))
+    assert all("aria-label" in plot for plot in page.all("svg") if plot.get("role") == "img")
+    assert "90.0" in text and "convex-head bench" in text
+
+
+def test_empty_board_is_a_page():
+    assert "0 of 0 models" in render_page([])
+    assert "# Leaderboard" in render_markdown([])
+
+
+def test_hostile_entries_stay_text():
+    calm = Page(render_page([Entry.from_record(make_record("a")), Entry.from_record(make_record("b"))]))
+    text = render_page([hostile_entry(), Entry.from_record(make_record("b"))])
+    page = Page(text)
+    assert len(page.all("script")) == len(calm.all("script")) == 2
+    assert page.all("img") == [] and "javascript:" not in "".join(a.get("href", "") for a in page.all("a"))
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert len(text) < 200_000  # a megabyte of text was clipped
+    policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+
+
+def test_hostile_entries_stay_in_their_markdown_cell():
+    lines = render_markdown([hostile_entry(), Entry.from_record(make_record("b"))]).splitlines()
+    rows = [line for line in lines if re.match(r"\| \d", line)]
+    assert len(rows) == 2
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 11 for row in rows)
+    assert not any("<" in line for line in lines)
+
+
+def test_frontier_marks_what_nothing_dominates():
+    made = [("a", "1111111111", "1100000000"), ("b", "1111111100", "1111100000"), ("c", "1111111100", "1000000000")]
+    plot = frontier([Entry.from_record(make_record(n, clean=c, robust=r)) for n, c, r in made])
+    assert {p["id"]: p["front"] for p in plot["points"]} == {"a": True, "b": True, "c": False}
+    for point in plot["points"]:
+        assert plot["left"] <= point["x"] <= plot["right"] and plot["top"] <= point["high"] <= point["y"]
+        assert point["y"] <= point["low"] <= plot["bottom"]
+
+
+def test_curves_join_the_same_weights_over_eps():
+    def at(name, eps, robust):
+        return Entry.from_record(make_record(name, eps=eps, robust=robust))
+
+    entries = [at("a", "0.2", "1" + "0" * 9), at("a", "0.1", "1" * 10), at("b", "0.1", "1" * 10)]
+    (plot,) = curves(entries)
+    (line,) = plot["lines"]
+    assert line["values"] == [("0.1", 0.9), ("0.2", 0.1)]
+    assert "Robust accuracy against eps" in render_page(entries)
+
+
+def test_terminal_table_and_comparison():
+    from rich.console import Console
+
+    control = make_record("control", clean="1" * 40, robust="1" * 10 + "0" * 30, metadata={"head": "linear"})
+    better = make_record("better", clean="1" * 40, robust="1" * 20 + "0" * 20)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(results_table([control, better], "title", {"better": control}))
+    text = console.export_text()
+    assert "+25.0" in text and "1.0e-03" in text and "50.0 (35.2-64.8)" in text
+    (line,) = comparison_lines([control, better], {"better": control})
+    assert line.endswith(": better") and "p = 0.00195" in line
+    same = comparison_lines([better], {"better": better})
+    assert same[0].endswith(": not better")
+    assert any("n = 40" in line for line in footnotes([control, better]))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, ""),
+        ({"gap": 0.01, "status": "converged"}, "1.0e-02"),
+        ({"gap": 0.2, "status": "max_time"}, "2.0e-01 max_time"),
+        ({"gap": "0.1"}, ""),
+        ({"gap": float("nan")}, ""),
+    ],
+)
+def test_gap_text_says_when_the_solver_did_not_converge(metadata, expected):
+    assert gap_text(make_record(metadata=metadata)) == expected
+
+
+def test_report_knows_only_records():
+    """No module of the report imports torch, or anything of this package that does."""
+    allowed = {"records", "report", "statistics", "errors", "json_files", "threat", "console"}
+    for path in Path(convex_head.report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                root, _, rest = name.partition(".")
+                assert root != "torch", path
+                assert root != "convex_head" or rest.split(".")[0] in allowed, (path, name)
+
+
+def chromium(page: Path, tmp_path: Path, script: str) -> dict:
+    """Run ``script`` in the page after its own; it puts JSON into the title, which comes back parsed."""
+    text = page.read_text()
+    # The page's policy admits its own script only: this copy drops the policy and appends the probe.
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    probe = (
+        "<script>window.errors=[];addEventListener('error',e=>errors.push(e.message));</script>",
+        f"<script>{script}</script>",
+    )
+    copy = tmp_path / "probe.html"
+    copy.write_text(text.replace("<head>", "<head>" + probe[0]).replace("</body>", probe[1] + "</body>"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=2000"
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.search(r'<body data-result="([^"]*)"', done.stdout)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    import html
+
+    return json.loads(html.unescape(found[1]))
+
+
+SCRIPT = """
+const names = () => [...document.querySelectorAll('#models tbody tr:not([hidden]) a')].map(a => a.textContent);
+const click = (k) => document.querySelectorAll('#models thead button')[k].click();
+const result = {start: names()};
+click(6); result.robustDown = names(); click(6); result.robustUp = names();
+click(8); result.radius = names(); click(8); result.radiusUp = names();
+const boxes = [...document.querySelectorAll('#models input')];
+const byName = (n) => boxes.find(b => b.closest('tr').querySelector('a').textContent === n);
+byName('better').click(); byName('control').click();
+result.comparison = document.getElementById('comparison').textContent;
+byName('elsewhere').click();
+result.other = document.getElementById('comparison').textContent;
+const find = document.getElementById('find'); find.value = 'contr';
+find.dispatchEvent(new Event('input', {bubbles: true}));
+result.filtered = names(); result.count = document.getElementById('count').textContent;
+document.getElementById('theme').click();
+result.theme = document.documentElement.dataset.theme;
+location.hash = '#entry-better';
+setTimeout(() => {
+  result.open = document.getElementById('entry-better').open;
+  result.owned = document.title;
+  result.errors = window.errors;
+  document.body.dataset.result = JSON.stringify(result);
+}, 200);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
+def test_page_in_a_browser(tmp_path):
+    entries = [
+        Entry.from_record(make_record("control", clean="1" * 40, robust="1" * 10 + "0" * 30, metadata={})),
+        Entry.from_record(make_record("better", clean="1" * 40, robust="1" * 20 + "0" * 20)),
+        Entry.from_record(make_record("elsewhere", eps="0.2")),
+        hostile_entry(),
+    ]
+    page = tmp_path / "index.html"
+    page.write_text(render_page(entries, title="Board"))
+    result = chromium(page, tmp_path, SCRIPT)
+    assert result["errors"] == [] and result["owned"] == "Board"
+    assert (result["robustDown"][-1] == "control" and result["robustUp"] == result["robustDown"][::-1]) or (
+        result["robustUp"][0] == "control"
+    )
+    # Entries without a radius are last in both directions.
+    assert set(result["radius"][:2]) == set(result["radiusUp"][:2]) == {"better", "elsewhere"}
+    low, high = (f"{100 * bound:.1f}" for bound in paired_interval(10, 0, 40))
+    assert "better minus control: 25.0 points" in result["comparison"]
+    assert f"{low} to {high}" in result["comparison"]
+    assert f"p = {mcnemar_exact(10, 0):.4f}"[:10] in result["comparison"]
+    assert "cannot be compared" in result["other"]
+    assert result["filtered"] == ["control"] and result["count"] == "1 of 4 models"
+    assert result["theme"] in ("dark", "light") and result["open"] is True
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
+def test_the_policy_admits_the_page_script(tmp_path):
+    """Without any change to the page: its own script runs (the theme button gets its state)."""
+    page = tmp_path / "index.html"
+    page.write_text(render_page([hostile_entry()], title="Board"))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync"
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert re.search(r'<button id="theme"[^>]*>(Dark|Light)</button>', done.stdout)
+    assert "<title>Board</title>" in done.stdout
+    assert "Refused" not in done.stderr

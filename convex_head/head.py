@@ -97,6 +97,7 @@ class ConvexRobustHead(nn.Module):
         self.mean: Tensor
         self.scale: Tensor
         self.result_: SolveResult | None = None
+        self._factors: tuple[Any, RobustGeometry] | None = None
 
     # -- inference ------------------------------------------------------------------------------------------
 
@@ -296,7 +297,11 @@ class ConvexRobustHead(nn.Module):
         return self.standardised(x), y, self.radius if radius is None else check_radius(radius)
 
     def _geometry(self) -> RobustGeometry:
-        return RobustGeometry(self.network(), self.num_classes, self.coefficients)
+        """Factorisations of the deployed weights, made anew when these change."""
+        key = tuple((id(t), t._version, t.device) for t in (self.directions, self.readout))
+        if self._factors is None or self._factors[0] != key:
+            self._factors = (key, RobustGeometry(self.network(), self.num_classes, self.coefficients))
+        return self._factors[1]
 
     def _check_fitted(self) -> None:
         if not self.is_fitted:

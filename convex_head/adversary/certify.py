@@ -7,14 +7,12 @@ distance, because minima commute. Everything runs in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from convex_head.adversary.boundary import distance_to_zero
-from convex_head.adversary.margins import PackedNetwork
-from convex_head.adversary.scan import GroupPass, MarginScan
+from convex_head.adversary.boundary import distance_to_zero, lower_bound
+from convex_head.adversary.margins import Forms, PackedNetwork, spectrum
+from convex_head.adversary.scan import GroupPass, MarginScan, Step
 from convex_head.problems.base import Network
 
 
@@ -30,52 +28,74 @@ class RobustGeometry:
     def __init__(self, network: Network, num_classes: int, coefficients: tuple[float, float, float]):
         self.num_classes, self.coefficients = num_classes, coefficients
         self.packed = PackedNetwork.pack(network, 1 if num_classes == 2 else num_classes)
+        forms = Forms.build(num_classes, num_classes > 2, self.packed.signs.device)
+        self._spectrum = spectrum(self.packed, forms, coefficients, torch.float64)
 
     def worst_case_margin(self, x: Tensor, labels: Tensor, radius: float) -> Tensor:
         """Exact smallest margin of the label in each ball; x (n, d) -> (n,)."""
         order, scan = self._sorted(x, labels)
         out = x.new_empty(x.shape[0])
-        for chunk, _, margins, _ in scan.passes(self.packed, scan.spectrum(self.packed), radius):
-            out[order[chunk.rows]] = margins.amin(dim=1)
+        for chunk in scan.chunks:
+            margins, _ = self._worst(scan, chunk, radius)
+            out[order[chunk]] = margins.amin(dim=1)
         return out
 
     def worst_case_point(self, x: Tensor, labels: Tensor, radius: float) -> Tensor:
         """A point of each ball that attains the smallest margin; (n, d)."""
         order, scan = self._sorted(x, labels)
-        spec = scan.spectrum(self.packed)
         out = x.clone()
-        for chunk, _, margins, steps in scan.passes(self.packed, spec, radius):
+        for chunk in scan.chunks:
+            margins, steps = self._worst(scan, chunk, radius)
             rival = margins.argmin(dim=1)
-            for group_pass, ehat in steps:
-                group = group_pass.group
-                chosen = rival[group.rows] == group.columns
-                if group.mask is not None:
-                    chosen &= group.mask
+            for step in steps:
+                group = step.group_pass.group
+                chosen = (rival[group.rows] == group.columns) & group.real()
                 block, position = chosen.nonzero(as_tuple=True)
-                basis = spec.basis[group.forms]
+                basis = self._spectrum.basis[group.forms]
                 for g in block.unique().tolist():
                     here = position[block == g]
-                    out[order[chunk.rows][group.rows[g, here]]] += ehat[g, here] @ basis[g].mT
+                    out[order[chunk][group.rows[g, here]]] += step.ehat[g, here] @ basis[g].mT
         return out
+
+    def _worst(self, scan: MarginScan, chunk: slice, radius: float) -> tuple[Tensor, list[Step]]:
+        """Exact margins (rows, K) wherever they can be the smallest, inf elsewhere, and the steps behind them.
+
+        The class with the lowest closed-form bound is solved first, then those whose bound is below what was found.
+        """
+        tau = scan.project(chunk, self.packed)
+        bound = scan.lower_bounds(chunk, tau, self.packed, self._spectrum, radius)
+        margins = torch.full_like(bound, torch.inf)
+        first = torch.zeros_like(bound, dtype=torch.bool).scatter_(1, bound.argmin(1, keepdim=True), True)
+        steps = scan.solve(chunk, first, tau, self._spectrum, radius, margins)
+        others = (bound < margins.amin(1, keepdim=True)) & ~first
+        return margins, steps + scan.solve(chunk, others, tau, self._spectrum, radius, margins)
 
     def distance_to_boundary(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Exact distance from each point to where its label stops winning; (n, d) -> (n,)."""
-        order, scan = self._sorted(x, labels)
-        out = x.new_full((x.shape[0],), torch.inf)
-        for rows, distance in self._distances(scan):
-            out[order[rows]] = torch.minimum(out[order[rows]], distance)
-        return out
+        """Exact distance from each point to where its label stops winning; (n, d) -> (n,).
 
-    def _distances(self, scan: MarginScan) -> Iterator[tuple[Tensor, Tensor]]:
-        spec = scan.spectrum(self.packed)
+        A closed-form lower bound of the distance to every class comes first. The class with the lowest bound is solved
+        exactly, then only those whose bound is below what was found.
+        """
+        order, scan = self._sorted(x, labels)
+        out = x.new_empty(x.shape[0])
         for chunk in scan.chunks:
             tau = scan.project(chunk, self.packed)
-            for group in scan.groups(chunk, spec.nu.shape[1]):
-                group_pass = GroupPass(group, spec, scan.forms, self.coefficients)
-                value, gradient = group_pass.quadratic(group_pass.gather(tau))
-                distance = distance_to_zero(group_pass.eigenvalues, gradient, value)
-                for g, length in enumerate(group.length):
-                    yield group.rows[g, :length] + chunk.rows.start, distance[g, :length]
+            margin, slope, curvature = scan.centre(chunk, tau, self.packed, self._spectrum)
+            bound = lower_bound(curvature, slope, margin)
+            distance = torch.full_like(bound, torch.inf)
+            nearest = torch.zeros_like(bound, dtype=torch.bool).scatter_(1, bound.argmin(1, keepdim=True), True)
+            self._solve_distances(scan, chunk, tau, nearest, distance)
+            best = distance.amin(1, keepdim=True)
+            self._solve_distances(scan, chunk, tau, (bound < best) & ~nearest, distance)
+            out[order[chunk]] = distance.amin(1)
+        return out
+
+    def _solve_distances(self, scan: MarginScan, chunk: slice, tau: Tensor, needed: Tensor, out: Tensor) -> None:
+        """Fill the needed entries of out (rows, K) with exact pairwise distances."""
+        for group in scan.groups(chunk, needed, self._spectrum.nu.shape[1]):
+            group_pass = GroupPass(group, self._spectrum, scan.forms, self.coefficients)
+            value, gradient = group_pass.quadratic(group_pass.gather(tau))
+            group_pass.store(distance_to_zero(group_pass.eigenvalues, gradient, value), out)
 
     def _sorted(self, x: Tensor, labels: Tensor) -> tuple[Tensor, MarginScan]:
         order = torch.argsort(labels, stable=True)

@@ -1,13 +1,18 @@
 """One pass over the data: every example's worst-case margins against every class, chunk by chunk.
 
-Rows are sorted by label, so that each (label, form) pair owns a contiguous block of rows. Small blocks are run in
-padded groups, large ones alone, so that the work fits the cache and the number of tensor operations stays small
-whatever the number of classes. Projections tau = V x are one matrix product a chunk; everything after it lives in the
-span of the neurons.
+Each function's value and gradient norm at an example bound its margins from below,
+
+    w_yk >= f_y - f_k - r (|grad f_y| + |grad f_k|) + r^2 min(lambda_min, 0) / 2,
+
+at a cost of n C m. Margins whose bound already passes a threshold (1 for the hinge: no loss, no slope) need nothing
+more; the others are solved exactly, those of one label and class together because they share a form, in padded
+groups that fit the cache. Projections tau = V x are one matrix product a chunk; the rest lives in the span of the
+neurons.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,50 +22,47 @@ from torch import Tensor
 from convex_head.adversary.margins import Forms, PackedNetwork, Spectrum, spectrum
 from convex_head.adversary.trust_region import minimise_over_ball
 
-_GROUP_ELEMENTS = 1 << 18
+_GROUP_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks run together: block g holds rows start[g] : start[g] + length[g] of the chunk; lists have length G.
+    """G blocks run together; a block is one label against one class (or one signed function).
 
     Attributes:
-        start, length: rows of each block.
         forms: (G,) form of each block.
         signs: (G,) +-1, the margin is sign * form.
         columns: (G, 1) column of the margin matrix.
-        rows: (G, B), padded with the block's first row.
+        rows: (G, B) rows of the chunk, padded with a row of the block.
         mask: (G, B), False where padded; None where nothing is.
     """
 
-    start: list[int]
-    length: list[int]
     forms: Tensor
     signs: Tensor
     columns: Tensor
     rows: Tensor
     mask: Tensor | None
 
-    @property
-    def alone(self) -> bool:
-        """One block, addressed by slices instead of index tensors."""
-        return len(self.start) == 1
+    def real(self) -> Tensor:
+        """(G, B) True where not padded."""
+        return torch.ones_like(self.rows, dtype=torch.bool) if self.mask is None else self.mask
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Consecutive sorted rows and how many of them carry each label."""
+class Step:
+    """Exact worst cases of one group: projections tau (G, B, K) of the centres and steps ehat (G, B, k)."""
 
-    rows: slice
-    counts: tuple[int, ...]
+    group_pass: GroupPass
+    tau: Tensor
+    ehat: Tensor
 
 
 class MarginScan:
     """Worst-case margins of packed networks on fixed data.
 
     Args:
-        x: (n, d) features sorted by label, in the dtype of the bulk computation.
-        labels: (n,) the sorted labels.
+        x: (n, d) features in the dtype of the bulk computation, best sorted by label.
+        labels: (n,).
         num_classes: C.
         pairwise: margins f_y - f_k if True, y_c f_c otherwise; ignored for C = 2.
         coefficients: (a, b, c) of the activation.
@@ -77,59 +79,133 @@ class MarginScan:
         coefficients: tuple[float, float, float],
         chunk_rows: int = 8192,
     ):
-        self.x, self.num_classes, self.coefficients = x, num_classes, coefficients
+        self.x, self.labels = x, labels
+        self.num_classes, self.coefficients = num_classes, coefficients
         self.pairwise = pairwise and num_classes > 2
         self.num_functions = 1 if num_classes == 2 else num_classes
         self.num_margins = 1 if num_classes == 2 else num_classes - int(self.pairwise)
         self.forms = Forms.build(num_classes, self.pairwise, x.device)
-        self.chunks = []
-        for start in range(0, x.shape[0], chunk_rows):
-            rows = slice(start, min(start + chunk_rows, x.shape[0]))
-            counts = torch.bincount(labels[rows], minlength=num_classes).tolist()
-            self.chunks.append(Chunk(rows, tuple(counts)))
-        self._plans: dict[tuple[tuple[int, ...], int], list[Group]] = {}
+        self.chunks = [slice(s, min(s + chunk_rows, x.shape[0])) for s in range(0, x.shape[0], chunk_rows)]
+        self._table_form, self._table_sign, self._rival = self._tables()
+
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Form, sign and opposing function of every (column, label); (K, C) each."""
+        device, classes = self.x.device, self.num_classes
+        label = torch.arange(classes, device=device)
+        column = torch.arange(self.num_margins, device=device).unsqueeze(1)
+        if not self.pairwise:
+            function = column.expand(-1, classes)
+            positive = label.unsqueeze(0) == (1 if classes == 2 else column)
+            return function, torch.where(positive, 1.0, -1.0), function
+        rival = column + (column >= label)
+        low, high = torch.minimum(rival, label), torch.maximum(rival, label)
+        form = low * classes - low * (low + 1) // 2 + high - low - 1
+        return form, torch.where(label < rival, 1.0, -1.0), rival
 
     def spectrum(self, packed: PackedNetwork) -> Spectrum:
         """Shared factors of all forms, in the bulk dtype."""
         return spectrum(packed, self.forms, self.coefficients, self.x.dtype)
 
-    def project(self, chunk: Chunk, packed: PackedNetwork) -> Tensor:
+    def project(self, chunk: slice, packed: PackedNetwork) -> Tensor:
         """tau = V x for the rows of a chunk; (rows, F, m)."""
         functions, m, d = packed.vectors.shape
         flat = packed.vectors.reshape(functions * m, d).to(self.x.dtype)
-        return (self.x[chunk.rows] @ flat.mT).view(-1, functions, m)
-
-    def groups(self, chunk: Chunk, width: int) -> list[Group]:
-        """The blocks of a chunk for forms of ``width`` neurons, grouped; cached."""
-        key = (chunk.counts, width)
-        if key not in self._plans:
-            if len(self._plans) > 4 * len(self.chunks) + 64:
-                self._plans.clear()
-            self._plans[key] = _plan(chunk.counts, self.pairwise, width, self.x.device)
-        return self._plans[key]
+        return (self.x[chunk] @ flat.mT).view(-1, functions, m)
 
     def passes(
-        self, packed: PackedNetwork, spec: Spectrum, radius: float
-    ) -> Iterator[tuple[Chunk, Tensor, Tensor, list[tuple[GroupPass, Tensor]]]]:
-        """Chunk by chunk: projections, worst-case margins (rows, K) and, a group, the steps that reach them."""
+        self, packed: PackedNetwork, spec: Spectrum, radius: float, threshold: float = math.inf
+    ) -> Iterator[tuple[slice, Tensor, Tensor, list[Step]]]:
+        """Chunk by chunk: rows, projections, margins (rows, K), and the exact steps group by group.
+
+        Margins are exact where they are below ``threshold``; the others are lower bounds that are not below it.
+        """
         for chunk in self.chunks:
             tau = self.project(chunk, packed)
-            margins = tau.new_empty(tau.shape[0], self.num_margins)
-            steps = []
-            for group in self.groups(chunk, spec.nu.shape[1]):
-                group_pass = GroupPass(group, spec, self.forms, self.coefficients)
-                value, ehat = group_pass.worst_case(group_pass.gather(tau), radius)
-                group_pass.store(value, margins)
-                steps.append((group_pass, ehat))
-            yield chunk, tau, margins, steps
+            margins = self.lower_bounds(chunk, tau, packed, spec, radius)
+            yield chunk, tau, margins, self.solve(chunk, margins < threshold, tau, spec, radius, margins)
+
+    def solve(
+        self, chunk: slice, needed: Tensor, tau: Tensor, spec: Spectrum, radius: float, margins: Tensor
+    ) -> list[Step]:
+        """Write the exact worst cases of the needed (rows, K) entries into ``margins``; return the steps."""
+        steps = []
+        for group in self.groups(chunk, needed, spec.nu.shape[1]):
+            group_pass = GroupPass(group, spec, self.forms, self.coefficients)
+            centre = group_pass.gather(tau)
+            value, ehat = group_pass.worst_case(centre, radius)
+            group_pass.store(value, margins)
+            steps.append(Step(group_pass, centre, ehat))
+        return steps
+
+    def lower_bounds(self, chunk: slice, tau: Tensor, packed: PackedNetwork, spec: Spectrum, radius: float) -> Tensor:
+        """Lower bounds (rows, K) of all worst-case margins of a chunk (module docstring)."""
+        margin, slope, curvature = self.centre(chunk, tau, packed, spec)
+        return margin - radius * slope + 0.5 * radius**2 * curvature.clamp_max(0)
+
+    def centre(self, chunk: slice, tau: Tensor, packed: PackedNetwork, spec: Spectrum) -> tuple[Tensor, Tensor, Tensor]:
+        """Margins at the examples, upper bounds of their gradient norms, smallest curvatures; (rows, K) each."""
+        a, b, c = self.coefficients
+        dtype = self.x.dtype
+        beta, nu, vectors = packed.signs.to(dtype), packed.nu.to(dtype), packed.vectors.to(dtype)
+        slope = beta * torch.add(b * nu, tau, alpha=2 * a)
+        value = 0.5 * (tau * (slope + b * beta * nu)).sum(-1) + c * (beta * nu.square()).sum(-1)
+        gram = vectors @ vectors.mT
+        norm = ((slope.transpose(0, 1) @ gram).transpose(0, 1) * slope).sum(-1).clamp_min(0).sqrt()
+        labels = self.labels[chunk]
+        form, sign, rival = (table[:, labels].T for table in (self._table_form, self._table_sign, self._rival))
+        curvature = torch.where(sign > 0, spec.eigenvalues.amin(-1)[form], -spec.eigenvalues.amax(-1)[form])
+        if not self.pairwise:
+            return sign.to(dtype) * value, norm, curvature
+        label = labels.unsqueeze(1)
+        return (
+            value.gather(1, label) - value.gather(1, rival),
+            norm.gather(1, label) + norm.gather(1, rival),
+            curvature,
+        )
+
+    def groups(self, chunk: slice, needed: Tensor, width: int) -> Iterator[Group]:
+        """Blocks of the needed (row, column) entries, longest first, in groups of bounded padded size."""
+        classes = self.num_classes
+        column, row = needed.T.nonzero(as_tuple=True)
+        if len(row) == 0:
+            return
+        key = column * classes + self.labels[chunk][row]
+        order = torch.argsort(key, stable=True)
+        row = row[order]
+        counts = torch.bincount(key, minlength=self.num_margins * classes)
+        first = counts.cumsum(0) - counts
+        by_length = torch.argsort(counts, descending=True, stable=True)
+        lengths = counts[by_length].tolist()
+        limit = max(1, _GROUP_ELEMENTS // max(1, width))
+        position = 0
+        while position < len(lengths) and lengths[position] > 0:
+            longest = lengths[position]
+            size = max(1, limit // longest)
+            block = by_length[position : position + size]
+            block = block[: sum(length > 0 for length in lengths[position : position + size])]
+            offset = torch.arange(longest, device=row.device)
+            mask = offset < counts[block].unsqueeze(1)
+            rows = row[first[block].unsqueeze(1) + torch.where(mask, offset, 0)]
+            padded = lengths[position + len(block) - 1] < longest
+            columns = block // classes
+            entry = (columns, block % classes)
+            yield Group(
+                self._table_form[entry],
+                self._table_sign[entry],
+                columns.unsqueeze(1),
+                rows,
+                mask if padded else None,
+            )
+            position += len(block)
 
 
 class GroupPass:
     """Margins of one group for one network, and what their gradient needs."""
 
     def __init__(self, group: Group, spec: Spectrum, forms: Forms, coefficients: tuple[float, float, float]):
-        self.group, self.forms = group, forms
+        self.group = group
         self.a, self.b, self.c = coefficients
+        self.functions = [f[group.forms].unsqueeze(1) for f in (forms.plus, forms.minus) if f is not None]
         sign = group.signs.to(spec.nu.dtype).unsqueeze(1)
         self.lift = spec.lift[group.forms]
         self.eigenvalues = spec.eigenvalues[group.forms] * sign
@@ -137,35 +213,24 @@ class GroupPass:
         self.beta = spec.beta[group.forms].unsqueeze(1) * sign.unsqueeze(1)
         self.constant = spec.constant[group.forms].unsqueeze(1) * sign
 
-    def _functions(self) -> list[Tensor]:
-        forms = self.forms
-        return [f[self.group.forms] for f in (forms.plus, forms.minus) if f is not None]
-
     def gather(self, tau: Tensor) -> Tensor:
         """Projections (rows, F, m) -> (G, B, K)."""
-        group = self.group
-        if group.alone:
-            rows = slice(group.start[0], group.start[0] + group.length[0])
-            return torch.cat([tau[rows, int(f)] for f in self._functions()], dim=-1).unsqueeze(0)
-        return torch.cat([tau[group.rows, f.unsqueeze(1)] for f in self._functions()], dim=-1)
+        flat = tau.view(-1, tau.shape[-1])
+        rows = [self.group.rows * tau.shape[1] + function for function in self.functions]
+        parts = [flat.index_select(0, r.view(-1)).view(*r.shape, -1) for r in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
         """Add (G, B, K), zero where padded, to (rows, F, m)."""
-        group, m = self.group, out.shape[-1]
-        for i, function in enumerate(self._functions()):
-            part = values[..., i * m : (i + 1) * m]
-            if group.alone:
-                out[group.start[0] : group.start[0] + group.length[0], int(function)] += part[0]
-            else:
-                flat = group.rows * out.shape[1] + function.unsqueeze(1)
-                out.view(-1, m).index_add_(0, flat.view(-1), part.reshape(-1, m))
+        m = out.shape[-1]
+        flat = out.view(-1, m)
+        for i, function in enumerate(self.functions):
+            rows = self.group.rows * out.shape[1] + function
+            flat.index_add_(0, rows.view(-1), values[..., i * m : (i + 1) * m].reshape(-1, m))
 
     def store(self, values: Tensor, margins: Tensor) -> None:
         """Write (G, B) into the (rows, K) matrix of margins."""
         group = self.group
-        if group.alone:
-            margins[group.start[0] : group.start[0] + group.length[0], int(group.columns[0, 0])] = values[0]
-            return
         rows, columns = group.rows, group.columns.expand_as(group.rows)
         if group.mask is not None:
             rows, columns, values = rows[group.mask], columns[group.mask], values[group.mask]
@@ -208,57 +273,3 @@ class GroupPass:
         tiny = torch.finfo(tau.dtype).tiny ** 0.5
         own = self.b * (signed * at_worst).sum(1) / self.nu.squeeze(1).clamp_min(tiny) + 2 * self.c * signed.sum(1)
         return coefficient, ehat.mT @ coefficient, own
-
-
-def _plan(counts: tuple[int, ...], pairwise: bool, width: int, device: torch.device) -> list[Group]:
-    blocks = sorted(_blocks(counts, pairwise), key=lambda block: -block[1])
-    groups: list[Group] = []
-    limit = max(1, _GROUP_ELEMENTS // max(1, width))
-    while blocks:
-        longest = blocks[0][1]
-        count = max(1, min(len(blocks), limit // longest))
-        members, blocks = blocks[:count], blocks[count:]
-        start, length, form, sign, column = (list(values) for values in zip(*members, strict=True))
-        offset = torch.arange(longest, device=device)
-        mask = offset < torch.tensor(length, device=device).unsqueeze(1)
-        rows = torch.tensor(start, device=device).unsqueeze(1) + torch.where(mask, offset, 0)
-        groups.append(
-            Group(
-                start,
-                length,
-                torch.tensor(form, device=device),
-                torch.tensor(sign, device=device),
-                torch.tensor(column, device=device).unsqueeze(1),
-                rows,
-                None if bool(mask.all()) else mask,
-            )
-        )
-    return groups
-
-
-def _blocks(counts: tuple[int, ...], pairwise: bool) -> Iterator[tuple[int, int, int, float, int]]:
-    """(start, length, form, sign, column) of every block that has rows."""
-    classes = len(counts)
-    starts = [sum(counts[:c]) for c in range(classes)]
-    total = sum(counts)
-    blocks: list[tuple[int, int, int, float, int]] = []
-    if classes == 2:
-        blocks = [(0, counts[0], 0, -1.0, 0), (counts[0], counts[1], 0, 1.0, 0)]
-    elif pairwise:
-        for y in range(classes):
-            for k in range(classes):
-                if k != y and counts[y]:
-                    form = _pair_index(min(y, k), max(y, k), classes)
-                    blocks.append((starts[y], counts[y], form, 1.0 if y < k else -1.0, k - (k > y)))
-    else:
-        for c in range(classes):
-            end = starts[c] + counts[c]
-            blocks.append((starts[c], counts[c], c, 1.0, c))
-            blocks.append((0, starts[c], c, -1.0, c))
-            blocks.append((end, total - end, c, -1.0, c))
-    yield from (block for block in blocks if block[1] > 0)
-
-
-def _pair_index(p: int, q: int, classes: int) -> int:
-    """Row-major position of the pair p < q among all pairs."""
-    return p * classes - p * (p + 1) // 2 + q - p - 1

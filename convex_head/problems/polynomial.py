@@ -20,16 +20,20 @@ one eigendecomposition and a scalar equation, and its Lagrangian value bounds it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
-from convex_head.adversary.scan import Chunk, MarginScan
+from convex_head.adversary.scan import MarginScan
 from convex_head.adversary.trust_region import minimise_over_sphere
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
+
+# A margin of 1 costs nothing under any loss here; the factor 2 below leaves room for rescaling the network.
+_SATISFIED = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,23 @@ class DualPoint:
     def mix(self, other: DualPoint, share: float) -> DualPoint:
         """(1 - share) self + share other, again a dual point because S and the balls' hulls are convex."""
         return DualPoint(torch.lerp(self.mass, other.mass, share), torch.lerp(self.moments, other.moments, share))
+
+
+@dataclass(frozen=True)
+class DualReport:
+    """A dual point and the primal side of its gap.
+
+    Attributes:
+        point: the dual point.
+        primal: hard objective at the best scaling of the output weights (margins are linear in it).
+        scale: that scaling.
+        smoothing: mean of loss - <s, 1 - w>, the share of the gap that a narrower smoothing would close.
+    """
+
+    point: DualPoint
+    primal: float
+    scale: float
+    smoothing: float
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,7 @@ class PolynomialProblem:
             chunk_rows=chunk_rows,
         )
         self._x = self._scan.x
+        self._metric: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -163,12 +185,12 @@ class PolynomialProblem:
         margins = torch.empty(self.n, self.num_margins, dtype=torch.float64, device=self._x.device)
         points = self._x.double().unsqueeze(1).repeat(1, self.num_margins, 1)
         for chunk, _, chunk_margins, steps in self._scan.passes(packed, spec, self.radius):
-            margins[chunk.rows] = chunk_margins.double()
-            for group_pass, ehat in steps:
-                group = group_pass.group
-                e = (ehat @ spec.basis[group.forms].mT).double()
-                real = torch.ones_like(group.rows, dtype=torch.bool) if group.mask is None else group.mask
-                rows = (group.rows + chunk.rows.start)[real]
+            margins[chunk] = chunk_margins.double()
+            for step in steps:
+                group = step.group_pass.group
+                e = (step.ehat @ spec.basis[group.forms].mT).double()
+                real = group.real()
+                rows = (group.rows + chunk.start)[real]
                 points[rows, group.columns.expand_as(group.rows)[real]] += e[real]
         return self._unsort(margins), self._unsort(points)
 
@@ -181,53 +203,60 @@ class PolynomialProblem:
         own = self._x.new_zeros(len(forms.plus), spec.nu.shape[1])
         smooth = hard = 0.0
         width = self.num_functions * packed.vectors.shape[1]
-        for chunk, tau, margins, steps in scan.passes(packed, spec, self.radius):
+        for chunk, tau, margins, steps in scan.passes(packed, spec, self.radius, _SATISFIED):
             value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
             smooth += float(value.double().sum())
             hard += float(self._hard(margins).double().sum())
             weights = slopes / -self.n
             coefficients = torch.zeros_like(tau)
-            for group_pass, ehat in steps:
-                omega = group_pass.load(weights)
-                coefficient, in_basis, on_self = group_pass.backward(group_pass.gather(tau), ehat, omega)
+            for step in steps:
+                group_pass = step.group_pass
+                coefficient, in_basis, on_self = group_pass.backward(step.tau, step.ehat, group_pass.load(weights))
                 group_pass.scatter(coefficient, coefficients)
                 cross.index_add_(0, group_pass.group.forms, in_basis)
                 own.index_add_(0, group_pass.group.forms, on_self)
-            gradient.view(width, -1).addmm_(coefficients.view(-1, width).mT, self._x[chunk.rows])
+            gradient.view(width, -1).addmm_(coefficients.view(-1, width).mT, self._x[chunk])
         vectors = forms.gather(packed.vectors.to(self.dtype))
         forms.scatter((spec.basis @ cross).mT + own.unsqueeze(-1) * vectors, gradient)
         penalty = self.reg * float(packed.vectors.double().square().sum())
         return Evaluation(smooth / self.n + penalty, hard / self.n + penalty, gradient.to(packed.vectors.dtype))
 
+    def metric(self) -> Callable[[Tensor], Tensor]:
+        """(second moment of the features + I)^-1, applied to the last axis: a preconditioner for the vectors."""
+        if self._metric is None:
+            moment = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._x.device)
+            for chunk in self._scan.chunks:
+                moment += (self._x[chunk].mT @ self._x[chunk]).double() / self.n
+            moment += torch.eye(self.d, dtype=torch.float64, device=self._x.device)
+            self._metric = torch.linalg.inv(moment)
+        inverse = self._metric
+        return lambda gradient: gradient @ inverse
+
     # -- dual -----------------------------------------------------------------------------------------------
 
-    def dual_point(self, packed: PackedNetwork, mu: float) -> tuple[DualPoint, float, float, float]:
-        """Dual point from the slopes and worst-case points of the smoothed problem.
-
-        Returns:
-            The dual point, the smoothed objective, the hard objective at the best scaling of the output weights, and
-            that scaling (margins are linear in it).
-        """
+    def dual_point(self, packed: PackedNetwork, mu: float) -> DualReport:
+        """Dual point from the slopes and worst-case points of the smoothed problem, and what its gap is made of."""
         spec = self._scan.spectrum(packed)
         point = self._zero_dual()
-        smooth = 0.0
+        smooth = hard = 0.0
         everything = []
-        for chunk, _, margins, steps in self._scan.passes(packed, spec, self.radius):
-            value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            smooth += float(value.double().sum())
+        for chunk, _, margins, steps in self._scan.passes(packed, spec, self.radius, 2 * _SATISFIED):
+            _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
+            smooth += float((slopes * (1 - margins)).double().sum())
+            hard += float(self._hard(margins).double().sum())
             everything.append(margins)
-            x = self._x[chunk.rows]
-            for group_pass, ehat in steps:
-                group = group_pass.group
-                weights = group_pass.load(slopes) / self.n
+            x = self._x[chunk]
+            for step in steps:
+                group = step.group_pass.group
+                weights = step.group_pass.load(slopes) / self.n
                 for g, form in enumerate(group.forms.tolist()):
                     active = weights[g].nonzero().squeeze(1)
                     if len(active):
-                        worst = x[group.rows[g, active]] + ehat[g, active] @ spec.basis[form].mT
+                        worst = x[group.rows[g, active]] + step.ehat[g, active] @ spec.basis[form].mT
                         self._add_moments(point, form, float(group.signs[g]), weights[g, active], worst)
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        scale, hard = self._best_scale(torch.cat(everything), penalty)
-        return point, smooth / self.n + penalty, hard, scale
+        scale, primal = self._best_scale(torch.cat(everything), penalty)
+        return DualReport(point, primal, scale, (hard - smooth) / self.n)
 
     def _best_scale(self, margins: Tensor, penalty: float) -> tuple[float, float]:
         """Minimise mean loss(t * margins) + t * penalty over t by golden-section search; (t, value)."""
@@ -315,10 +344,11 @@ class PolynomialProblem:
         norm = step.norm(dim=-1, keepdim=True)
         inside = features.unsqueeze(1) + step * (self.radius / norm.clamp_min(max(self.radius, 1e-300)))
         point = self._zero_dual()
-        whole = Chunk(slice(0, self.n), tuple(torch.bincount(labels, minlength=self.num_classes).tolist()))
-        for group in self._scan.groups(whole, 1):
+        inside, weights = inside[self._order], weights[self._order]
+        whole = slice(0, self.n)
+        for group in self._scan.groups(whole, weights > 0, 1):
             for g, form in enumerate(group.forms.tolist()):
-                rows = self._order[group.start[g] : group.start[g] + group.length[g]]
+                rows = group.rows[g, group.real()[g]]
                 column = int(group.columns[g, 0])
                 self._add_moments(point, form, float(group.signs[g]), weights[rows, column], inside[rows, column])
         return self.oracle(point).dual

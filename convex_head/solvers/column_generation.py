@@ -32,7 +32,8 @@ _WARM_WIDTH = 0.03
 _SHRINK = 0.3
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
-_MAX_ADDITIONS = 6
+_FIRST_ACCURACY = 0.03
+_SMOOTHING_SHARE = 0.6
 
 
 class ColumnGeneration(Solver):
@@ -55,30 +56,26 @@ class ColumnGeneration(Solver):
         warm = run.start is not None and run.start.size > 0
         network = run.start if warm else problem.random_network(self.neurons, run.seed)
         mu = _WARM_WIDTH if warm else _FIRST_WIDTH
-        accuracy = 0.1 * mu
-        additions = 0
+        accuracy = _FIRST_ACCURACY
         for _ in range(self.max_iterations):
-            network = self._correct(problem, network, mu, max(accuracy, 0.1 * run.tol), run)
-            point, _, hard, scale = problem.dual_point(problem.pack(network), mu)
-            answer = problem.oracle(point)
-            scaled = replace(network, weights=network.weights * scale)
-            run.report(primal=hard, dual=answer.dual, network=scaled, neurons=network.size)
+            network, converged = self._correct(problem, network, mu, accuracy, run)
+            report = problem.dual_point(problem.pack(network), mu)
+            answer = problem.oracle(report.point)
+            scaled = replace(network, weights=network.weights * report.scale)
+            run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
             if run.finished() or mu < _NARROWEST:
                 run.stalled = not run.finished()
                 return
-            # What a missing neuron costs is the mass that had to be scaled away; smoothing makes the rest of the gap.
-            missing = float(point.mass.sum()) - answer.dual
-            if missing > 0.5 * (hard - answer.dual) and additions < _MAX_ADDITIONS:
-                network = self._add(network, answer, problem.reg)
-                accuracy *= _SHRINK
-                additions += 1
-            else:
+            if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
                 mu *= _SHRINK
-                accuracy = 0.1 * mu
-                additions = 0
+            elif converged:
+                accuracy *= _SHRINK
+            if converged:
+                network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy))
 
-    def _correct(self, problem: Any, network: Network, mu: float, accuracy: float, run: Run) -> Network:
-        """Minimise the smoothed problem over the neurons of ``network``."""
+    def _correct(self, problem: Any, network: Network, mu: float, accuracy: float, run: Run) -> tuple[Network, bool]:
+        """Minimise the smoothed problem over the neurons of ``network``; also says whether to ``accuracy``."""
+        reached = False
         packed = problem.pack(network)
 
         def objective(vectors: Tensor) -> tuple[float, Tensor]:
@@ -89,9 +86,10 @@ class ColumnGeneration(Solver):
             scale = 2 * problem.reg
             square = vectors.square().sum(-1)
             growth = -(vectors * gradient).sum(-1) / square.clamp_min(1e-30)
-            if float(growth.amax()) > accuracy * scale:
-                return False
-            return float(gradient.norm()) <= accuracy * scale * float(square.sum().sqrt())
+            nonlocal reached
+            stationary = float(gradient.norm()) <= accuracy * scale * float(square.sum().sqrt())
+            reached = stationary and float(growth.amax()) <= accuracy * scale
+            return reached
 
         vectors, evaluations = minimise(
             objective,
@@ -99,9 +97,10 @@ class ColumnGeneration(Solver):
             converged=converged,
             max_evaluations=self.inner_evaluations,
             stop=run.out_of_time,
+            metric=problem.metric(),
         )
         run.extra["evaluations"] = run.extra.get("evaluations", 0) + evaluations
-        return _prune(PackedNetwork.of(vectors, packed.signs).unpack())
+        return _prune(PackedNetwork.of(vectors, packed.signs).unpack()), reached
 
     def _add(self, network: Network, answer: OracleAnswer, reg: float) -> Network:
         """Add the neurons that violate the bound, each with a small share of the network's norm."""

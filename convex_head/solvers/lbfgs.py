@@ -24,7 +24,8 @@ def minimise(
     converged: Callable[[Tensor, Tensor], bool],
     max_evaluations: int,
     stop: Callable[[], bool],
-    memory: int = 20,
+    metric: Callable[[Tensor], Tensor],
+    memory: int = 50,
 ) -> tuple[Tensor, int]:
     """Minimise a C^1 function from x.
 
@@ -34,6 +35,7 @@ def minimise(
         converged: called with a point and its gradient; True ends the search.
         max_evaluations: bound on calls of ``objective``.
         stop: asked between evaluations; True ends the search.
+        metric: applies a fixed approximation of the inverse Hessian, up to scale, to a tensor of x's shape.
         memory: number of correction pairs.
 
     Returns:
@@ -43,7 +45,7 @@ def minimise(
     evaluations = 1
     pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
     while evaluations < max_evaluations and not stop() and not converged(x, gradient):
-        direction = _two_loop(gradient, pairs)
+        direction = _two_loop(gradient, pairs, metric)
         slope = float((direction * gradient).sum())
         if slope >= 0:
             if not pairs:
@@ -76,17 +78,19 @@ def minimise(
     return x, evaluations
 
 
-def _two_loop(gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]]) -> Tensor:
+def _two_loop(
+    gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]], metric: Callable[[Tensor], Tensor]
+) -> Tensor:
     q = -gradient
-    if not pairs:
-        return q
     coefficients = []
     for step, change, product in reversed(pairs):
         coefficient = (step * q).sum() / product
         coefficients.append(coefficient)
         q = q - coefficient * change
-    step, change, product = pairs[-1]
-    q = q * (product / change.square().sum())
+    q = metric(q)
+    if pairs:
+        _, change, product = pairs[-1]
+        q = q * (product / (change * metric(change)).sum())
     for (step, change, product), coefficient in zip(pairs, reversed(coefficients), strict=True):
         q = q + (coefficient - (change * q).sum() / product) * step
     return q

@@ -25,7 +25,8 @@ from convex_head.baselines import (
     train,
 )
 from convex_head.baselines.modes import evaluation_mode, set_training_mode
-from convex_head.baselines.pgd import maximise, random_start
+from convex_head.baselines.pgd import maximise, pgd_accuracy, random_start
+from convex_head.splice import replace_head
 from convex_head.threat import ThreatModel
 
 THREATS = [ThreatModel("Linf", "8/255"), ThreatModel("L2", 0.5)]
@@ -136,6 +137,19 @@ def test_linear_ascent_reaches_the_closed_form():
         torch.testing.assert_close(found, x + best)
 
 
+def test_validation_accuracy_of_a_linear_model_is_exact():
+    """For two classes and a linear margin, PGD finds the worst case: right iff y w'x > eps |w|_1."""
+    torch.manual_seed(0)
+    images, model = 0.3 + 0.4 * torch.rand(200, 6), nn.Linear(6, 2)
+    labels = (model(images).argmax(1) + (torch.rand(200) < 0.1)) % 2
+    clean, robust = pgd_accuracy(model, images, labels, ThreatModel("Linf", 0.02))
+    w = model.weight[1] - model.weight[0]
+    margin = (2 * labels - 1) * (images @ w + model.bias[1] - model.bias[0])
+    assert clean == pytest.approx((margin > 0).double().mean().item())
+    assert robust == pytest.approx((margin > 0.02 * w.abs().sum()).double().mean().item())
+    assert 0 < robust < clean
+
+
 def test_trades_without_penalty_is_cross_entropy(data):
     images, labels = data
     model = network().eval()
@@ -202,18 +216,7 @@ def test_a_checkpoint_of_another_training_is_refused(data, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_frozen_backbone_is_left_alone(recipe, data):
-    class Spliced(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = network()
-            self.backbone.fc = nn.Identity()
-            self.backbone.requires_grad_(False)
-            self.head = MLPHead(8, 3, hidden=16)
-
-        def forward(self, x):
-            return self.head(self.backbone(x))
-
-    model = Spliced()
+    model = replace_head(network(), MLPHead(8, 3, hidden=16))
     before, head = weights(model.backbone), weights(model.head)
     record = train(model, *data, recipe=recipe, threat=THREATS[0], epochs=2, batch_size=16)
     assert_same(before, weights(model.backbone))
@@ -248,9 +251,7 @@ def test_seeds_decide_and_the_global_state_is_restored(data):
 
 def test_linear_head_is_multinomial_logistic_regression():
     raw, labels = load_iris(return_X_y=True)
-    x = np.column_stack(
-        [raw * [1, 100, 0.01, 1] + 5, np.full(len(raw), 3.0)]
-    )  # scales, and a constant feature
+    x = np.column_stack([raw * [1, 100, 0.01, 1] + 5, np.full(len(raw), 3.0)])  # scales, and a constant feature
     n, reg = len(x), 1e-2
     z = (raw - raw.mean(0)) / raw.std(0)
     reference = LogisticRegression(C=1 / (n * reg), tol=1e-10, max_iter=5000).fit(z, labels)

@@ -130,9 +130,9 @@ def evaluate(
     """Clean and robust accuracy of any model; exit code 1 if the record is flagged."""
     import warnings
 
-    import convex_head.evaluate as harness
     from convex_head.data import load_dataset
     from convex_head.errors import EvaluationWarning
+    from convex_head.evaluate import evaluate as run_attacks
     from convex_head.head import ConvexRobustHead
     from convex_head.model_specs import build_model
     from convex_head.report.terminal import footnotes, results_table
@@ -159,7 +159,7 @@ def evaluate(
             metadata |= {"gap": fitted.result_.gap, "status": str(fitted.result_.status)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EvaluationWarning)  # the footnotes say it
-        record = harness.evaluate(
+        record = run_attacks(
             net,
             points,
             threat,

@@ -239,8 +239,8 @@ class ConvexRobustHead(nn.Module):
         )
         if status is not Status.CONVERGED:
             warnings.warn(
-                f"{message}; tol = {tol:g} was not reached after {result.seconds:.3g} s. Allow more time (max_seconds), "
-                "a larger tol, more regularisation (reg), or a float64 head.",
+                f"{message}; tol = {tol:g} was not reached after {result.seconds:.3g} s. Allow more time "
+                "(max_seconds), a larger tol, more regularisation (reg), or a float64 head.",
                 ConvergenceWarning,
                 stacklevel=3,
             )

@@ -36,7 +36,10 @@ class SplicedModel(nn.Module):
         backbone: images to features (N, d); no parameter requires a gradient, always in evaluation mode
             whatever ``train()`` says; gradients with respect to the images flow.
         head: features to logits; follows ``train()`` and ``eval()`` as usual.
+        path_: what ``robustify`` tried before it chose this head; empty otherwise.
     """
+
+    path_: tuple[Any, ...] = ()
 
     def __init__(self, backbone: Backbone, head: nn.Module):
         super().__init__()

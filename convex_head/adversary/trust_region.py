@@ -62,7 +62,7 @@ def minimise_over_ball(eigenvalues: Tensor, gradient: Tensor, radius: float) -> 
     lowest = eigenvalues.amin(-1)
     gaps = eigenvalues - lowest.unsqueeze(-1)
     floor = lowest.clamp_min(0).unsqueeze(-1)
-    delta, scaled, inverse = _secular(gaps, gradient, radius, floor)
+    delta, scaled = _secular(gaps, gradient, radius, floor)
     multiplier = delta - lowest.unsqueeze(-1)
     value = _lagrangian(gradient, scaled, multiplier, radius)
     indefinite = (lowest < 0).unsqueeze(-1)
@@ -78,7 +78,7 @@ def minimise_over_sphere(eigenvalues: Tensor, gradient: Tensor, radius: float = 
     lowest = eigenvalues.amin(-1)
     gaps = eigenvalues - lowest.unsqueeze(-1)
     floor = torch.zeros_like(lowest).unsqueeze(-1)
-    delta, scaled, _ = _secular(gaps, gradient, radius, floor)
+    delta, scaled = _secular(gaps, gradient, radius, floor)
     multiplier = delta - lowest.unsqueeze(-1)
     value = _lagrangian(gradient, scaled, multiplier, radius)
     always = torch.ones_like(lowest, dtype=torch.bool).unsqueeze(-1)
@@ -86,10 +86,10 @@ def minimise_over_sphere(eigenvalues: Tensor, gradient: Tensor, radius: float = 
     return BallMinimum(value, multiplier, minimiser)
 
 
-def _secular(gaps: Tensor, gradient: Tensor, radius: float, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _secular(gaps: Tensor, gradient: Tensor, radius: float, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Largest root delta >= floor of |g / (gaps + delta)| = radius, or floor where there is none.
 
-    Returns delta (..., B), g / (gaps + delta) and 1 / (gaps + delta), both (..., B, k).
+    Returns delta (..., B) and g / (gaps + delta) (..., B, k).
     """
     tiny = torch.finfo(gradient.dtype).tiny ** 0.5
     gaps = gaps.unsqueeze(-2)
@@ -113,7 +113,7 @@ def _secular(gaps: Tensor, gradient: Tensor, radius: float, floor: Tensor) -> tu
         if bool(done.all()):
             break
         delta = new
-    return delta, scaled, inverse
+    return delta, scaled
 
 
 def _lagrangian(gradient: Tensor, scaled: Tensor, multiplier: Tensor, radius: float) -> Tensor:

@@ -17,7 +17,7 @@ Why crammer_singer and multi_margin are exact in the ball: (1 - t)_+ is non-incr
 max_e (1 - m_k(e))_+ = (1 - min_e m_k(e))_+ for each margin m_k = f_y - f_k, and maxima over e and over k commute, so
 max_e max_k (1 - m_k(e))_+ = max_k (1 - w_k)_+. The robust multi-margin sum lets every k have its own worst e.
 
-Sources: K. Crammer and Y. Singer, JMLR 2 (2001); ``torch.nn.MultiMarginLoss``; method of arXiv 2405.14033 (one_vs_rest).
+Sources: K. Crammer and Y. Singer, JMLR 2 (2001); ``torch.nn.MultiMarginLoss``; arXiv 2405.14033 (one_vs_rest).
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ class PolynomialProblem:
             weights: (n, K) >= 0, with n * weights in the loss's set S for every example; clipped into it.
             points: (n, K, d) points; each is pulled back into its ball if it lies outside.
         """
-        features, labels = self.features, self.labels
+        features = self.features
         weights = self._clip(weights.double().clamp_min(0))
         step = points.double() - features.unsqueeze(1)
         norm = step.norm(dim=-1, keepdim=True)

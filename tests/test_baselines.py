@@ -141,6 +141,8 @@ def test_validation_accuracy_of_a_linear_model_is_exact():
     """For two classes and a linear margin, PGD finds the worst case: right iff y w'x > eps |w|_1."""
     torch.manual_seed(0)
     images, model = 0.3 + 0.4 * torch.rand(200, 6), nn.Linear(6, 2)
+    with torch.no_grad():
+        model.bias.copy_(-0.5 * model.weight.sum(dim=1))  # the boundary passes through the middle of the images
     labels = (model(images).argmax(1) + (torch.rand(200) < 0.1)) % 2
     clean, robust = pgd_accuracy(model, images, labels, ThreatModel("Linf", 0.02))
     w = model.weight[1] - model.weight[0]

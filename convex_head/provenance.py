@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -56,6 +57,11 @@ def model_description(model: nn.Module, fingerprint: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that can change a result."""
+    return dict(_installed())
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -78,6 +84,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
     """Revision of the checkout that holds this package, with "+" if it is modified; None outside one."""
     package = Path(__file__).parent

@@ -9,7 +9,6 @@ stateful                 the weights, or the clean predictions, are not what the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,6 +28,7 @@ _STEPS = 40
 _LARGER = 4.0
 # Share of probes that may survive an unbounded attack of a few dozen steps.
 _SURVIVORS = 0.1
+_ALL_IMAGES = ThreatModel("Linf", 1.0)
 
 
 def check_stages(stages: Sequence[tuple[Attack, StageProgress]], n: int) -> dict[str, str]:
@@ -76,25 +76,19 @@ def check_larger_eps(
     view = ModelView(model, shape, scale=scale)
     probes = images[:PROBE].reshape(-1, *attack_shape(shape)).to(device)
     y = labels[:PROBE].to(device)
-    whole = unbounded(threat.norm, math.prod(shape))
     flags: dict[str, str] = {}
     with isolated(model, seed):
-        if 0 < _LARGER * threat.eps < whole:
+        if threat.eps > 0:
             at_eps = int(robust[:PROBE].sum())
             larger = _survivors(view, probes, y, ThreatModel(threat.norm, _LARGER * threat.eps), seed)
             if larger > at_eps + max(1, _SURVIVORS * len(y)):
                 flags["accuracy_rises_with_eps"] = (
                     f"{at_eps} of {len(y)} probes survive the attacks at eps, {larger} at {_LARGER:g} eps"
                 )
-        left = _survivors(view, probes, y, ThreatModel(threat.norm, whole), seed)
+        left = _survivors(view, probes, y, _ALL_IMAGES, seed)
         if left > _SURVIVORS * len(y):
             flags["unbounded_eps"] = f"{left} of {len(y)} probes survive gradient descent over all images"
     return flags
-
-
-def unbounded(norm: str, size: int) -> float:
-    """The eps in ``norm`` from which every image of ``size`` values in [0, 1] is allowed."""
-    return {"Linf": 1.0, "L2": math.sqrt(size), "L1": float(size)}[norm]
 
 
 def _survivors(view: ModelView, images: Tensor, labels: Tensor, threat: ThreatModel, seed: int) -> int:

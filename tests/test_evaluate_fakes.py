@@ -259,8 +259,11 @@ def test_fake_robustness_is_flagged(kind: type[nn.Module]) -> None:
     assert record.flag_details[FLAGGED[kind]]
 
 
-@pytest.mark.parametrize("name", HONEST)
-@pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "threat"),
+    [*((name, THREAT) for name in HONEST), ("mlp", ThreatModel("L2", 1.0)), ("quadratic", ThreatModel("L1", 3.0))],
+    ids=str,
+)
 def test_honest_model_is_not_flagged(name: str, threat: ThreatModel) -> None:
     model = trained(HONEST[name]())
     if name == "double":

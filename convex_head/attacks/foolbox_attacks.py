@@ -6,6 +6,7 @@ Attacks with a fixed eps get the evaluation's; minimum-norm attacks are clipped 
 from __future__ import annotations
 
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ from convex_head.attacks.registry import add_factory
 from convex_head.attacks.view import ModelView
 from convex_head.errors import AttackError, MissingExtraError, UnknownAttackError
 from convex_head.threat import NORMS, ThreatModel
+
+_NORM_OF = {math.inf: "Linf", 2: "L2", 1: "L1"}
 
 
 def foolbox_package() -> ModuleType:
@@ -50,8 +53,8 @@ class FoolboxAttack(Attack):
         self._attack = chosen(**settings)
         self.name = f"foolbox:{kind}"
         self.minimum_norm = isinstance(self._attack, package.attacks.base.MinimizationAttack)
-        prefix = next((norm for norm in NORMS if kind.startswith(norm)), None)
-        self.norms = (prefix,) if prefix else NORMS
+        order = getattr(getattr(self._attack, "distance", None), "p", None)
+        self.norms = (_NORM_OF[order],) if order in _NORM_OF else NORMS
         self.cost = 2.0 * float(settings.get("steps", getattr(self._attack, "steps", 1)) or 1)
 
     def settings(self) -> dict[str, Any]:

@@ -23,27 +23,26 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convex_head import provenance
 from convex_head.baselines import channel_statistics, linear_head, preact_resnet_small, train
-from convex_head.baselines.pgd import pgd_accuracy
 from convex_head.data import Dataset, load_dataset
 from convex_head.errors import ConvergenceWarning, RecordError
 from convex_head.evaluate import evaluate
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
-from convex_head.problems.base import Network
 from convex_head.records import EvalRecord
+from convex_head.robustify import robustify
+from convex_head.solvers.result import SolveResult
 from convex_head.splice import SplicedModel, replace_head
 from convex_head.threat import ThreatModel
 from convex_head.workers import Listener, Report, Task, run_tasks
 
 _CUT = "fc"
-_VALIDATION_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -248,47 +247,24 @@ def _fit_linear(settings: BenchSettings, model: nn.Module, data: Dataset) -> tup
 
 
 def _fit_convex(settings: BenchSettings, model: nn.Module, data: Dataset) -> tuple[SplicedModel, dict[str, Any]]:
-    """Choose radius and reg on held-out training data, then fit on all of it."""
+    """Radius and reg chosen on held-out training data, then fitted on all of it."""
     began = time.perf_counter()
-    features = extract_features(replace_head(model, nn.Identity(), at=_CUT).backbone, data.images)
-    shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed))
-    held_out = max(1, int(_VALIDATION_SHARE * len(data)))
-    validation, rest = shuffled[:held_out], shuffled[held_out:]
-
-    def fit(radius: float, reg: float, chosen: Tensor, tol: float, start: Network | None) -> ConvexRobustHead:
-        head = ConvexRobustHead(features.shape[1], data.num_classes, radius=radius, reg=reg)
-        with warnings.catch_warnings():
-            # The table and the record show the gap that was reached.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return head.fit(
-                features[chosen],
-                data.labels[chosen],
-                tol=tol,
-                max_seconds=settings.max_seconds,
-                progress=False,
-                seed=settings.seed,
-                start=start,
-            )
-
-    path, heads = [], []
-    for reg in settings.regs:
-        start = None
-        for radius in settings.radii:
-            head = fit(radius, reg, rest, 5 * settings.tol, start)
-            start = head.network()
-            heads.append(head)
-            clean, robust = pgd_accuracy(
-                replace_head(model, head, at=_CUT),
-                data.images[validation],
-                data.labels[validation],
-                settings.threat,
-            )
-            path.append({"radius": radius, "reg": reg, "clean": clean, "robust": robust})
-    best = max(range(len(path)), key=lambda index: (path[index]["robust"], path[index]["clean"]))
-    chosen = heads[best]
-    head = fit(chosen.radius, chosen.reg, shuffled, settings.tol, chosen.network())
-    result = head.result_
-    assert result is not None
+    with warnings.catch_warnings():
+        # The table and the record show the gap that was reached.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        spliced = robustify(
+            model,
+            data,
+            settings.threat,
+            at=_CUT,
+            radii=settings.radii,
+            regs=settings.regs,
+            tol=settings.tol,
+            max_seconds=settings.max_seconds,
+            seed=settings.seed,
+        )
+    head = cast(ConvexRobustHead, spliced.head)
+    result = cast(SolveResult, head.result_)
     facts = {
         "head": "convex",
         "radius": head.radius,
@@ -299,6 +275,6 @@ def _fit_convex(settings: BenchSettings, model: nn.Module, data: Dataset) -> tup
         "gap": result.gap,
         "neurons": result.neurons,
         "head_seconds": time.perf_counter() - began,
-        "radius_path": path,
+        "path": [dataclasses.asdict(candidate) for candidate in spliced.path_],
     }
-    return replace_head(model, head, at=_CUT), facts
+    return spliced, facts

@@ -320,7 +320,7 @@ SCRIPT = """
 const names = () => [...document.querySelectorAll('#models tbody tr:not([hidden]) a')].map(a => a.textContent);
 const click = (k) => document.querySelectorAll('#models thead button')[k].click();
 const result = {start: names()};
-click(6); result.robustDown = names(); click(6); result.robustUp = names();
+click(1); result.robustDown = names(); click(1); result.robustUp = names();
 click(8); result.radius = names(); click(8); result.radiusUp = names();
 const boxes = [...document.querySelectorAll('#models input')];
 const byName = (n) => boxes.find(b => b.closest('tr').querySelector('a').textContent === n);

@@ -1,6 +1,6 @@
 """What the harness adds to AutoAttack's own time, on the same points.
 
-    python -m benchmarks.harness_overhead             256 images, three rounds
+    python -m benchmarks.harness_overhead             128 images, three rounds
     python -m benchmarks.harness_overhead --quick     24 images, one round
 
 Both sides run pyautoattack's standard version with one seed and one batch size on a small convolutional network
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="24 images, one round")
     parser.add_argument("--eps", type=float, nargs="+", default=[0.1, 0.3])
     arguments = parser.parse_args()
-    n, rounds = (24, 1) if arguments.quick else (256, 3)
+    n, rounds = (24, 1) if arguments.quick else (128, 3)
     model, images, labels = trained()
     images, labels = images[:n], labels[:n]
     with tempfile.TemporaryDirectory() as folder:

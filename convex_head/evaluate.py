@@ -104,7 +104,8 @@ def evaluate(
         "versions": provenance.versions(),
     }
     saved = Progress.open(state, key)
-    model.to(target)
+    if target != home:
+        model.to(target)
     try:
         with evaluation_mode(model), listening(progress) as listener:
             run = EvaluationRun(
@@ -131,7 +132,8 @@ def evaluate(
             metadata=metadata or {},
         )
     finally:
-        model.to(home)
+        if target != home:
+            model.to(home)
     if record.flags:
         details = "; ".join(f"{flag}: {record.flag_details[flag]}" for flag in record.flags)
         warnings.warn(

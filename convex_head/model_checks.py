@@ -11,13 +11,17 @@ a remedy where there is one, and the record says why its number is doubtful.
                         see the logits times a power of two, which changes no prediction
     zero_gradient       the margin has no gradient with respect to the image
     shattered_gradient  it has one, but a small step along it does not lower the margin
+    optimises_in_forward  the forward pass computes gradients itself, which attacks cannot see through
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +38,8 @@ _SAME = 5e-3
 _LARGE_MARGIN, _SMALL_MARGIN, _GOOD_MARGIN = 64.0, 1e-6, 8.0
 _BLIND_SHARE, _FOLLOWED = 0.2, 0.1
 _STEP_FRACTIONS = (1 / 4, 1 / 16, 1 / 64)
+# Steps a pixel below which float32 logits do not resolve the change.
+_LEAST_STEP = 1e-4
 
 
 @dataclass
@@ -87,6 +93,7 @@ def check_model(
         if was_training:
             report.flags.update(_training_mode_matters(model, probe))
         report.flags.update(_behaviour(model, probe))
+        report.flags.update(_optimises(model, probe))
         report.scale, scale_flags = _logit_scale(logits)
         report.flags.update(scale_flags)
         chosen = report.right.nonzero().flatten()[:PROBE]
@@ -209,6 +216,27 @@ def _behaviour(model: nn.Module, probe: Tensor) -> dict[str, str]:
     return {}
 
 
+def _optimises(model: nn.Module, probe: Tensor) -> dict[str, str]:
+    """Does the forward pass run the autograd engine, as purification and test-time training do?"""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        entered = event == "call" and frame.f_globals.get("__name__") == "torch.autograd"
+        calls += entered and frame.f_code.co_name in ("grad", "backward")
+
+    previous = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        with torch.no_grad():
+            ModelView(model, tuple(probe.shape[1:]))(probe[:1])
+    finally:
+        sys.setprofile(previous)
+    if not calls:
+        return {}
+    return {"optimises_in_forward": f"the forward pass computes gradients itself, {calls} times for one image"}
+
+
 def _logit_scale(logits: Tensor) -> tuple[float, dict[str, str]]:
     """Power of two that brings large or tiny margins to where cross-entropy has a float32 gradient."""
     top = logits.double().topk(2, dim=1).values
@@ -249,8 +277,10 @@ def _followed(
     """(n,) decrease of the margin over the one that the gradient promises; the best of three step lengths."""
     best = torch.full((len(images),), -math.inf, device=images.device)
     direction = steepest_descent(gradient, threat.norm)
+    size = images[0].numel()
+    least = _LEAST_STEP * {"Linf": 1.0, "L2": math.sqrt(size), "L1": float(size)}[threat.norm]
     for fraction in _STEP_FRACTIONS:
-        moved = (images + fraction * threat.eps * direction).clamp(0.0, 1.0)
+        moved = (images + max(fraction * threat.eps, least) * direction).clamp(0.0, 1.0)
         promised = -(gradient * (moved - images)).flatten(1).sum(dim=1)
         gained = start - margins(view(moved), labels)
         # At the border of [0, 1] nothing is promised, and nothing can be learnt.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PACKAGES = ("convex-head", "torch", "numpy", "pyautoattack", "torchattacks", "robustbench", "foolbox")
+_PACKAGES = ("torch", "numpy", "pyautoattack", "torchattacks", "robustbench", "foolbox")
 
 
 def tensor_fingerprint(*tensors: Tensor) -> str:
@@ -62,7 +62,10 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    # Here and not at the top, because the package imports this module.
+    from convex_head import __version__
+
+    found = {"python": platform.python_version(), "convex-head": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

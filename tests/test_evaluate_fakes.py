@@ -197,6 +197,16 @@ class GradModeDependent(Wrapped):
         return self.net(1 - x if torch.is_grad_enabled() and x.requires_grad else x)
 
 
+class Purifier(Wrapped):
+    """Moves the image towards what the network is sure of before it answers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            moved = x.detach().requires_grad_()
+            gradient = torch.autograd.grad(self.net(moved).logsumexp(dim=1).sum(), moved)[0]
+        return self.net(x + 0.01 * gradient.detach())
+
+
 class Decoy(Wrapped):
     """A hard decision, and a small smooth term that leads away from its boundary."""
 
@@ -228,6 +238,7 @@ FLAGGED = {
     ReversedGradient: "shattered_gradient",
     GradModeDependent: "stateful",
     Decoy: "unbounded_eps",
+    Purifier: "optimises_in_forward",
 }
 HONEST = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3)),
@@ -269,6 +280,21 @@ def test_honest_model_is_not_flagged(name: str, threat: ThreatModel) -> None:
     if name == "double":
         model = model.double()
     assert evaluated(model, threat).flags == ()
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3, 0.5])
+def test_honest_model_is_not_flagged_at_any_eps(eps: float) -> None:
+    assert evaluated(trained(mlp()), ThreatModel("Linf", eps)).flags == ()
+
+
+def test_nan_around_the_data_is_no_robustness() -> None:
+    class NanNearby(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            far = (x[:, None] - toy()[0][None]).flatten(2).abs().amax(dim=2).amin(dim=1) > 0
+            return torch.where(far[:, None], math.nan, self.net(x))
+
+    record = evaluated(NanNearby().eval())
+    assert record.robust_correct == 0 or record.flags
 
 
 def test_rescaled_logits_give_the_robust_accuracy_of_the_model_below() -> None:

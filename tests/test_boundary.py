@@ -121,7 +121,9 @@ def test_s_lemma_as_a_semidefinite_program(name: str) -> None:
     assert solve(eigenvalues, gradient, value) == pytest.approx(np.sqrt(squared), rel=1e-4)
 
 
-curvature = st.one_of(st.sampled_from([0.0, -1.0, 1.0, -1e-6, 1e-6]), st.floats(-100, 100).filter(lambda v: abs(v) > 1e-9))
+curvature = st.one_of(
+    st.sampled_from([0.0, -1.0, 1.0, -1e-6, 1e-6]), st.floats(-100, 100).filter(lambda v: abs(v) > 1e-9)
+)
 slope = st.one_of(st.sampled_from([0.0, 1e-6]), st.floats(-100, 100).filter(lambda v: abs(v) > 1e-9))
 quadratic = st.integers(1, 5).flatmap(
     lambda k: st.tuples(st.lists(curvature, min_size=k, max_size=k), st.lists(slope, min_size=k, max_size=k))

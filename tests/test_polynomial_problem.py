@@ -126,7 +126,9 @@ def test_gradient_by_differences(classes: int, loss: str) -> None:
     gradient = problem.evaluate(packed, 0.3).gradient
     generator = torch.Generator().manual_seed(5)
     for _ in range(5):
-        step = torch.randn(packed.vectors.shape, generator=generator, dtype=torch.float64) * packed.signs.abs()[..., None]
+        step = (
+            torch.randn(packed.vectors.shape, generator=generator, dtype=torch.float64) * packed.signs.abs()[..., None]
+        )
         up, down = (
             problem.evaluate(PackedNetwork.of(packed.vectors + h * step, packed.signs), 0.3).smoothed
             for h in (1e-5, -1e-5)

@@ -60,7 +60,9 @@ def reference(eigenvalues: list[float], gradient: list[float], radius: float, sp
         return float(-(quotient + mu * r**2) / 2)
 
 
-def solve(eigenvalues: object, gradient: object, radius: float, dtype: torch.dtype = torch.float64, at=minimise_over_ball):
+def solve(
+    eigenvalues: object, gradient: object, radius: float, dtype: torch.dtype = torch.float64, at=minimise_over_ball
+):
     return at(torch.tensor(eigenvalues, dtype=dtype), torch.tensor(np.asarray([gradient]), dtype=dtype), radius)
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import abc
 import math
+import numbers
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from convex_head.errors import ConvergenceWarning, ToleranceError
+import torch
+
+from convex_head.errors import ConvergenceWarning, SolverError, ToleranceError
 from convex_head.solvers.result import Progress, SolveResult, Status, relative_gap
 
 Callback = Callable[[Progress], Any]
@@ -116,6 +119,17 @@ class Solver(abc.ABC):
             if run.network is None:
                 raise
             interrupted = True
+        except torch.linalg.LinAlgError as fault:
+            raise SolverError(
+                f"{self.name} needs finite, well-scaled numbers; a factorisation failed after {len(run.history)} "
+                f"iterations ({fault}). Standardise the features, or change reg or the radius.",
+                best=run.network,
+            ) from fault
+        if run.network is None:
+            raise SolverError(
+                f"{self.name} must find a point with a finite objective; found none in {len(run.history)} iterations. "
+                "Standardise the features, or change reg or the radius."
+            )
         return self._finish(problem, run, interrupted)
 
     @abc.abstractmethod
@@ -161,5 +175,5 @@ class Solver(abc.ABC):
 
 def check_positive(name: str, value: float) -> None:
     """Raise ToleranceError unless value is a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ToleranceError(f"{name} must be a positive finite number; found {value!r}. Use for example {name}=1e-2.")

@@ -1,0 +1,236 @@
+"""Column generation: reference optima, the LMI SDP, determinism, and every way in which a solve can end."""
+
+import itertools
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer, load_iris, load_wine
+
+from convex_head.errors import ConvergenceWarning, SolverError, ToleranceError, UnknownSolverError
+from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.solvers import Progress, SolveResult, Status, get_solver
+from convex_head.solvers.sdp import build
+
+LOSSES = ("crammer_singer", "multi_margin", "one_vs_rest")
+# n, d -> optimum of the LMI SDP at radius 0.5, reg 0.02; Clarabel and SCS agree.
+OPTIMA = {(40, 5): 0.321142, (100, 9): 0.354804}
+
+
+def breast_cancer(n: int, d: int, **kwargs: Any) -> PolynomialProblem:
+    features, labels = load_breast_cancer(return_X_y=True)
+    order = np.random.default_rng(0).permutation(569)
+    features, labels = features[order], labels[order]
+    features = ((features - features[:200].mean(0)) / features[:200].std(0))[:n, :d]
+    settings = {"num_classes": 2, "radius": 0.5, "reg": 0.02} | kwargs
+    return PolynomialProblem(torch.from_numpy(features), torch.from_numpy(labels[:n]), **settings)
+
+
+def solve(problem: PolynomialProblem, **kwargs: Any) -> SolveResult:
+    return get_solver("column_generation").solve(problem, **kwargs)
+
+
+def check_history(result: SolveResult, optimum: float, slack: float = 1e-6) -> None:
+    """Primal >= optimum >= dual in every line, both monotone; the last line is the result."""
+    for line in result.history:
+        assert line.dual - slack <= optimum <= line.primal + slack
+        assert line.gap == pytest.approx((line.primal - line.dual) / line.primal, abs=1e-12)
+    for before, after in itertools.pairwise(result.history):
+        assert after.primal <= before.primal and after.dual >= before.dual
+        assert after.seconds >= before.seconds and after.iteration == before.iteration + 1
+    assert result.iterations == len(result.history)
+    assert result.history[-1].dual == result.dual
+    assert result.history[-1].primal == pytest.approx(result.primal, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "d"), OPTIMA)
+def test_reference_optima_with_certificate(n: int, d: int) -> None:
+    problem = breast_cancer(n, d)
+    result = solve(problem, tol=1e-4)
+    assert result.status is Status.CONVERGED and result.converged and result.gap <= 1e-4
+    assert result.primal == pytest.approx(OPTIMA[n, d], rel=1e-4)
+    assert result.dual == pytest.approx(OPTIMA[n, d], rel=1e-4)
+    assert result.primal == problem.objective(result.network)
+    assert result.neurons == result.network.size
+    torch.testing.assert_close(result.network.directions.norm(dim=1), torch.ones(result.neurons, dtype=torch.float64))
+    check_history(result, OPTIMA[n, d])
+
+
+@pytest.mark.parametrize(("tol", "iterations"), [(0.5, 2), (0.05, 10), (1e-3, 30)])
+def test_the_gap_asked_for_is_the_gap_reached(tol: float, iterations: int) -> None:
+    result = solve(breast_cancer(40, 5), tol=tol)
+    assert result.converged and result.gap <= tol and result.iterations <= iterations
+    assert result.dual - 1e-6 <= OPTIMA[40, 5] <= result.primal + 1e-6
+
+
+@pytest.mark.parametrize(("loss", "radius"), [*((loss, 0.3) for loss in LOSSES), ("crammer_singer", 0.0)])
+@pytest.mark.parametrize("load", [load_iris, load_wine])
+def test_three_classes_reach_the_pairwise_sdp(load: Any, loss: str, radius: float) -> None:
+    features, labels = load(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))[:24]
+    x, y = ((features - features.mean(0)) / features.std(0))[order, :4], labels[order]
+    settings: dict[str, Any] = {"num_classes": 3, "radius": radius, "reg": 0.02, "loss": loss}
+    optimum = build(x, y, **settings)[0].solve(solver="CLARABEL", canon_backend="SCIPY")
+    result = solve(PolynomialProblem(torch.from_numpy(x), torch.from_numpy(y), **settings), tol=1e-3)
+    assert result.converged
+    assert result.primal == pytest.approx(optimum, rel=1e-3)
+    check_history(result, optimum)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.2, 1.0])
+def test_radii_reach_the_sdp(radius: float) -> None:
+    problem = breast_cancer(40, 5, radius=radius)
+    optimum = build(problem.features.numpy(), problem.labels.numpy(), num_classes=2, radius=radius, reg=0.02)[0].solve(
+        solver="CLARABEL", canon_backend="SCIPY"
+    )
+    result = solve(problem, tol=3e-3)
+    assert result.converged and result.primal == pytest.approx(optimum, rel=3e-3)
+    check_history(result, optimum)
+
+
+@pytest.mark.xfail(strict=True, reason="worst-case points are not unique here: dual points are not averaged")
+@pytest.mark.parametrize("radius", [1.5, 2.0, 3.0])
+def test_radii_beyond_which_worst_points_are_not_unique(radius: float) -> None:
+    result = solve(breast_cancer(40, 5, radius=radius), tol=1e-2, max_seconds=2.0)
+    assert result.primal == pytest.approx({1.5: 0.819643, 2.0: 0.908748, 3.0: 1.0}[radius], rel=1e-2)
+    assert result.converged
+
+
+@pytest.mark.xfail(strict=True, raises=SolverError, reason="the network underflows to NaN")
+@pytest.mark.parametrize("reg", [5.0, 1e4])
+def test_zero_network_is_optimal_when_regularisation_is_large(reg: float) -> None:
+    result = solve(breast_cancer(40, 5, reg=reg), tol=1e-3)
+    assert result.converged and result.primal == pytest.approx(1.0, rel=1e-3)
+
+
+def test_runs_repeat_by_seed() -> None:
+    first, again, other = (solve(breast_cancer(40, 5), tol=1e-2, seed=seed) for seed in (3, 3, 4))
+    assert first.primal == again.primal and first.dual == again.dual
+    assert torch.equal(first.network.directions, again.network.directions)
+    assert torch.equal(first.network.weights, again.network.weights)
+    assert other.primal != first.primal
+    assert other.primal == pytest.approx(first.primal, rel=1e-2)
+
+
+def test_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    solve(breast_cancer(40, 5), tol=0.1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_warm_start_costs_less_and_ends_the_same() -> None:
+    problem = breast_cancer(40, 5)
+    cold = solve(problem, tol=1e-3)
+    warm = solve(breast_cancer(40, 5), tol=1e-3, start=cold.network)
+    assert warm.converged and warm.primal == pytest.approx(cold.primal, rel=1e-3)
+    assert warm.extra["evaluations"] < cold.extra["evaluations"]
+    near = solve(breast_cancer(40, 5, radius=0.55), tol=1e-2, start=cold.network)
+    assert near.converged and near.primal > cold.primal
+    empty = solve(problem, tol=1e-2, start=problem.pack(problem.zero_network()).unpack())
+    assert empty.converged
+
+
+def test_time_limit_is_kept_with_an_honest_gap() -> None:
+    problem = breast_cancer(200, 20)
+    began = time.perf_counter()
+    with pytest.warns(ConvergenceWarning, match=r"column_generation: max_time .* tol = 1e-07 was not reached"):
+        result = solve(problem, tol=1e-7, max_seconds=0.3)
+    assert time.perf_counter() - began < 3.0
+    assert result.status is Status.MAX_TIME and not result.converged
+    assert result.gap > 1e-7
+    assert result.gap == pytest.approx((problem.objective(result.network) - result.dual) / result.primal, rel=1e-9)
+    reference = solve(problem, tol=1e-2)
+    assert result.dual <= reference.primal and reference.dual <= result.primal
+
+
+def test_callback_that_returns_true_stops() -> None:
+    lines: list[Progress] = []
+
+    def stop(line: Progress) -> bool:
+        lines.append(line)
+        return len(lines) == 2
+
+    with pytest.warns(ConvergenceWarning, match="column_generation: interrupted"):
+        result = solve(breast_cancer(40, 5), tol=1e-6, callbacks=(stop,))
+    assert result.status is Status.INTERRUPTED and result.iterations == 2
+    assert tuple(lines) == result.history
+
+
+def test_ctrl_c_returns_the_best_certified_point() -> None:
+    problem = breast_cancer(40, 5)
+
+    def interrupt(line: Progress) -> None:
+        if line.iteration == 1:
+            raise KeyboardInterrupt
+
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        result = solve(problem, tol=1e-6, callbacks=(interrupt,))
+    assert result.status is Status.INTERRUPTED
+    assert result.primal == problem.objective(result.network) == pytest.approx(result.history[-1].primal)
+    assert result.dual - 1e-6 <= OPTIMA[40, 5] <= result.primal + 1e-6
+    assert result.gap == pytest.approx((result.primal - result.dual) / result.primal)
+
+
+class Interrupting(PolynomialProblem):
+    """Ctrl-C in the middle of the first evaluation."""
+
+    def evaluate(self, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_first_point_propagates() -> None:
+    problem = breast_cancer(40, 5)
+    early = Interrupting(problem.features, problem.labels, num_classes=2, radius=0.5, reg=0.02)
+    with pytest.raises(KeyboardInterrupt):
+        solve(early)
+
+
+def test_features_that_overflow_are_a_named_error() -> None:
+    problem = breast_cancer(40, 5)
+    huge = PolynomialProblem(1e200 * problem.features, problem.labels, num_classes=2, radius=0.5, reg=0.02)
+    with pytest.raises(SolverError, match=r"column_generation .* Standardise the features"):
+        solve(huge, max_seconds=5.0)
+
+
+def test_errors_of_callbacks_propagate() -> None:
+    def broken(line: Progress) -> None:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        solve(breast_cancer(40, 5), callbacks=(broken,))
+
+
+@pytest.mark.parametrize("tol", [0.0, -1.0, float("nan"), float("inf"), True, "1e-2", None])
+def test_tolerances_are_checked(tol: Any) -> None:
+    with pytest.raises(ToleranceError, match=r"tol must be a positive finite number; found .* Use for example"):
+        solve(breast_cancer(40, 5), tol=tol)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -3, float("nan")])
+def test_time_limits_are_checked(seconds: Any) -> None:
+    with pytest.raises(ToleranceError, match="max_seconds must be a positive finite number"):
+        solve(breast_cancer(40, 5), max_seconds=seconds)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert solve(breast_cancer(40, 5), tol=np.float32(0.1), max_seconds=np.int64(60)).converged
+
+
+def test_unknown_solver_is_named() -> None:
+    assert get_solver("auto").name == "column_generation"
+    with pytest.raises(UnknownSolverError, match="auto or one of column_generation, sdp.*; found 'adam'"):
+        get_solver("adam")
+
+
+def test_single_precision_bulk_keeps_the_certificate() -> None:
+    problem = breast_cancer(100, 9, dtype=torch.float32)
+    result = solve(problem, tol=1e-3)
+    assert result.converged
+    assert result.dual - 1e-5 <= OPTIMA[100, 9] <= result.primal + 1e-5

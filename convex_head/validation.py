@@ -143,6 +143,10 @@ def _as_tensor(values: Any, name: str, error: type[Exception]) -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
-        return torch.as_tensor(np.asarray(values))
-    except (TypeError, ValueError) as fault:
+        array = np.asarray(values)
+        # torch takes neither reversed arrays nor foreign byte orders, and warns of read-only memory: copy these.
+        if not (array.dtype.isnative and array.flags.writeable and min(array.strides, default=0) >= 0):
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        return torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError) as fault:
         raise error(f"{name} must be an array of numbers; found {type(values).__name__} ({fault}).") from fault

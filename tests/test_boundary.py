@@ -1,4 +1,4 @@
-"""Distances to the zero set of a quadratic: a 40-digit reference, rays, the S-lemma in CVXPY, and the ball's minimum."""
+"""Distances to a quadratic's zero set: a 40-digit reference, rays, the S-lemma in CVXPY, and the ball's minimum."""
 
 import cvxpy as cp
 import mpmath

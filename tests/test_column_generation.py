@@ -225,7 +225,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_unknown_solver_is_named() -> None:
     assert get_solver("auto").name == "column_generation"
-    with pytest.raises(UnknownSolverError, match="auto or one of column_generation, sdp.*; found 'adam'"):
+    with pytest.raises(UnknownSolverError, match=r"auto or one of column_generation, sdp.*; found 'adam'"):
         get_solver("adam")
 
 

@@ -96,7 +96,7 @@ def test_objective_is_the_mean_loss_of_the_worst_cases(classes: int, loss: str) 
 def test_evaluation_is_autograd_through_the_worst_points(classes: int, loss: str, mu: float) -> None:
     """Danskin written with autograd, over *all* margins: examples that the scan skips change nothing."""
     problem = make(60, 4, classes, loss, radius=0.2)
-    x, labels = data(60, 4, classes)
+    labels = problem.labels
     packed = problem.pack(network(4, problem.num_functions, 12, scale=3.0))
     got = problem.evaluate(packed, mu)
     vectors = packed.vectors.clone().requires_grad_()

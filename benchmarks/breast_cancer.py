@@ -292,6 +292,8 @@ def main(argv: list[str] | None = None) -> None:
         for seed, radius, reg in jobs:
             records += measure(plan, seed, radius, reg)
             bars.update(task, advance=1, note=f"split {seed}, radius {radius:g}")
+            if (radius, reg) == plan.heads[-1]:
+                bars.console.print(f"split {seed + 1} of {plan.splits} is done")
     rows = summaries(records)
     columns = [
         Column("norm", "norm"),

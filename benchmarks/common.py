@@ -200,12 +200,13 @@ def figure(path: Path) -> Any:
 def synthetic_features(points: int, width: int, classes: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """Features like those of a pooled ReLU network: (points, width) float32 >= 0, and labels (points,).
 
-    Clusters, the same for every seed, in noise whose covariance has eigenvalues 1/k in a random basis; then a ReLU.
+    Clusters, the same for every seed, in noise whose covariance has eigenvalues 1/k in a random basis; then a ReLU. The
+    clusters differ mostly in the leading directions, so that about one point in ten lies nearer to another class.
     """
     fixed = torch.Generator().manual_seed(12345)
     basis = torch.linalg.qr(torch.randn(width, width, generator=fixed)).Q
     spectrum = torch.arange(1, width + 1).float().rsqrt()
-    centres = 1.5 * (torch.randn(classes, width, generator=fixed) * spectrum) @ basis
+    centres = 1.7 * (torch.randn(classes, width, generator=fixed) * spectrum.square()) @ basis
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (points,), generator=generator)
     noise = (torch.randn(points, width, generator=generator) * spectrum) @ basis

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from convex_head import provenance
+from convex_head.attacks.adaptive import adaptive_attacks
 from convex_head.attacks.isolation import evaluation_mode
 from convex_head.attacks.registry import AttackLike, resolve_attacks
 from convex_head.data import as_pair
@@ -47,6 +48,7 @@ def evaluate(
     name: str | None = None,
     dataset_name: str | None = None,
     skip_broken: bool = True,
+    adaptive: bool = True,
     command: str | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> EvalRecord:
@@ -68,6 +70,8 @@ def evaluate(
         dataset_name: name of the dataset in the record; known already when ``data`` is a name.
         skip_broken: False gives every attack all points that are right without attack, so that each
             attack's ``robust_correct`` is its own and not that of a union.
+        adaptive: add the attacks that know the model's head (``feature-exact`` for convex heads, ``soft-gate`` for
+            gated ones) to those asked for; they enter the union and the record.
         command, metadata: kept in the record.
 
     Returns:
@@ -88,6 +92,9 @@ def evaluate(
         raise InputError(f"batch_size is at least 1, found {batch_size}.")
     images, labels = as_pair(data, n=n)
     chosen = resolve_attacks(attacks)
+    if adaptive:
+        extra = adaptive_attacks(model, threat, chosen)
+        chosen = resolve_attacks((*chosen, *extra)) if extra else chosen
     home = _device_of(model)
     target = home if device is None else torch.device(device)
     was_training = any(module.training for module in model.modules())

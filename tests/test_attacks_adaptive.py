@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pyautoattack
 import pytest
 import torch
@@ -17,6 +19,7 @@ from convex_head.attacks.view import margins
 from convex_head.errors import AttackError
 from convex_head.evaluate import evaluate
 from convex_head.head import ConvexRobustHead
+from convex_head.splice import replace_head
 from convex_head.threat import ThreatModel
 
 
@@ -236,3 +239,18 @@ def test_autoattack_turns_on_the_certificate(spliced: tuple[Spliced, Tensor, Ten
     reported = CertifiedMargins(model, 0.1)(found).argmax(dim=1) == labels
     assert int(reported.sum()) == certified_under_attack
     assert 0 < certified_under_attack < robust
+
+
+def test_evaluate_adds_the_attacks_that_know_the_head():
+    torch.manual_seed(0)
+    features, labels = torch.randn(60, 4), torch.arange(60) % 3
+    features[:, 0] += 3.0 * labels
+    head = ConvexRobustHead(4, 3, reg=0.1).fit(features, labels, tol=0.1)
+    model = replace_head(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 3)), head, at="2")
+    images = torch.rand(12, 1, 2, 2)
+    arguments = {"data": (images, torch.arange(12) % 3), "threat": ThreatModel("Linf", 0.05), "attacks": ("fgsm",)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert set(evaluate(model, **arguments).attacks) == {"fgsm", "feature-exact"}
+        assert set(evaluate(model, adaptive=False, **arguments).attacks) == {"fgsm"}
+        assert set(evaluate(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), **arguments).attacks) == {"fgsm"}

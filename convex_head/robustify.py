@@ -85,7 +85,7 @@ def robustify(
         **head_settings: passed to :class:`~convex_head.head.ConvexRobustHead` (loss, coefficients, ...).
 
     Returns:
-        The spliced model; ``model.path_`` is the tuple of :class:`Candidate` and ``model.head.result_`` the certificate.
+        The spliced model; ``model.path_`` holds every :class:`Candidate`, ``model.head.result_`` the certificate.
 
     Raises:
         RadiusError, RegularisationError: a candidate is not admissible.

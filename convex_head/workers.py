@@ -14,6 +14,7 @@ import signal
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -70,7 +71,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, listener: Listener) -> None:
         _run_here(tasks, listener)
     else:
         with contextlib.ExitStack() as stack:
-            _Pool(tasks, [_Worker(stack) for _ in range(min(jobs, len(tasks)))], listener).run()
+            _Pool(tasks, min(jobs, len(tasks)), partial(_Worker, stack), listener).run()
 
 
 def _run_here(tasks: Sequence[Task], listener: Listener) -> None:
@@ -134,11 +135,13 @@ def _serve(connection: Connection) -> None:
 
 
 class _Pool:
-    """Hands waiting tasks to idle workers until none is left."""
+    """Hands waiting tasks to idle workers until none is left; a process starts once there is a task for it."""
 
-    def __init__(self, tasks: Sequence[Task], workers: list[_Worker], listener: Listener) -> None:
+    def __init__(self, tasks: Sequence[Task], jobs: int, start: Callable[[], _Worker], listener: Listener) -> None:
         self.waiting = list(tasks)
-        self.workers = workers
+        self.workers: list[_Worker] = []
+        self.jobs = jobs
+        self.start = start
         self.listener = listener
         self.done: set[str] = set()
         self.failed: set[str] = set()
@@ -159,6 +162,7 @@ class _Pool:
             worker.process.join()
             text = f"its process ended with exit code {worker.process.exitcode}; is there enough memory?"
             self.workers.remove(worker)
+            self.jobs -= 1  # not replaced: what killed it would kill the next one
             return Event(worker.task.name, "failed", text=text)
         return event
 
@@ -174,14 +178,25 @@ class _Pool:
                 self.waiting.remove(task)
                 self.failed.add(task.name)
                 self.listener(_not_started(task))
-        if not self.workers:
+        if not self.jobs:
             for task in self.waiting:
                 self.listener(Event(task.name, "failed", text="not started, because no process is left"))
             self.waiting.clear()
+        for task in [task for task in self.waiting if task.after is None or task.after in self.done]:
+            worker = self._idle()
+            if worker is None:
+                return
+            worker.task = task
+            self.waiting.remove(task)
+            self.listener(Event(task.name, "start"))
+            worker.connection.send(task)
+
+    def _idle(self) -> _Worker | None:
+        """A worker without a task; a new one while fewer than ``jobs`` run; else None."""
         for worker in self.workers:
-            ready = [task for task in self.waiting if task.after is None or task.after in self.done]
-            if worker.task is None and ready:
-                worker.task = ready[0]
-                self.waiting.remove(ready[0])
-                self.listener(Event(ready[0].name, "start"))
-                worker.connection.send(ready[0])
+            if worker.task is None:
+                return worker
+        if len(self.workers) == self.jobs:
+            return None
+        self.workers.append(self.start())
+        return self.workers[-1]

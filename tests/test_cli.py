@@ -245,7 +245,7 @@ def test_bench_quick(tmp_path, monkeypatch):
     assert [row["name"] for row in rows] == ["digits-standard-linear", "digits-standard-convex"]
     # A row that fails is one line; the others are shown.
     (tmp_path / "records" / "digits-standard-convex.json").unlink()
-    monkeypatch.setattr("convex_head.bench.ConvexRobustHead", None)
+    monkeypatch.setattr("convex_head.bench.robustify", None)
     result = run("bench", "--quick", "--jobs", 1, "--out", tmp_path, code=1)
     assert "error: digits-standard-convex: " in result.stderr and "linear" in result.stdout
 

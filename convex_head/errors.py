@@ -192,3 +192,11 @@ class FeatureFileError(InputError):
 
 class WeightsNotFoundError(ConvexHeadError, FileNotFoundError):
     """A zoo model's weights are not on this machine and could not be downloaded."""
+
+
+class FeatureRangeError(InputError):
+    """Features are so large or so small that their mean or scale is lost in the head's precision."""
+
+
+class StartError(InputError):
+    """A warm start is not a network on the features and functions of the problem."""

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convex_head.adversary.certify import RobustGeometry
-from convex_head.errors import ConvergenceWarning, NotFittedError, RecordError, UnknownActivationError
+from convex_head.errors import (
+    ConvergenceWarning,
+    FeatureRangeError,
+    NotFittedError,
+    RecordError,
+    UnknownActivationError,
+)
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
 from convex_head.problems.polynomial import PolynomialProblem
@@ -175,6 +181,8 @@ class ConvexRobustHead(nn.Module):
         y = check_labels(labels, x.shape[0], self.num_classes, training=True).to(x.device)
         mean, scale = self._standardisation(x)
         problem = self.problem(x, y, mean=mean, scale=scale)
+        if start is not None:
+            start = problem.check_start(start)
         callbacks = [] if callback is None else [callback]
         with progress_line(progress, tol) as show:
             if show is not None:
@@ -215,7 +223,13 @@ class ConvexRobustHead(nn.Module):
         wide = x.double()
         scale = wide.std(dim=0, unbiased=False)
         constant = scale <= 1e-12 * wide.abs().amax(dim=0).clamp_min(1e-300)
-        return wide.mean(dim=0).to(dtype), torch.where(constant, 1.0, scale).to(dtype)
+        mean, scale = wide.mean(dim=0).to(dtype), torch.where(constant, 1.0, scale).to(dtype)
+        if not bool((mean.isfinite() & scale.isfinite() & (scale > 0)).all()):
+            raise FeatureRangeError(
+                f"the features' means and deviations must be finite and positive in the head's {dtype}; found features "
+                f"of size {float(wide.abs().amax()):.3g}. Rescale the features, or use head.double()."
+            )
+        return mean, scale
 
     def _deploy(self, result: SolveResult, problem: PolynomialProblem, mean: Tensor, scale: Tensor, tol: float) -> None:
         """Round to the head's dtype, measure what is deployed, and only then take it over."""

@@ -83,7 +83,7 @@ def test_report_names_no_torch() -> None:
 
 
 def test_report_imports_in_a_process_without_torch() -> None:
-    """Every module of the report is imported where torch cannot be (the package root, which exports the head, aside)."""
+    """Every module of the report, where torch cannot be imported; the package root, which exports the head, aside."""
     names = [".".join(("convex_head", *f.relative_to(ROOT).with_suffix("").parts)) for f in modules("report")]
     code = (
         "import importlib, sys, types\n"

@@ -29,6 +29,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import MarginScan
 from convex_head.adversary.trust_region import minimise_over_sphere
+from convex_head.errors import StartError
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
 
@@ -168,6 +169,24 @@ class PolynomialProblem:
     def pack(self, network: Network) -> PackedNetwork:
         """Padded form of a network on this problem's functions."""
         return PackedNetwork.pack(network, self.num_functions)
+
+    def check_start(self, network: Network) -> Network:
+        """A warm start on this problem's device, float64.
+
+        Raises:
+            StartError: another number of features, or a neuron of a function that the problem does not have.
+        """
+        functions = int(network.function.max()) + 1 if network.size else 0
+        width = network.directions.shape[1]
+        if width != self.d or functions > self.num_functions:
+            raise StartError(
+                f"start must be a network on {self.d} features and {self.num_functions} functions; found {width} "
+                f"features and {functions} functions. Start from a head fitted with the same widths."
+            )
+        device = self._x.device
+        return Network(
+            network.directions.to(device).double(), network.weights.to(device).double(), network.function.to(device)
+        )
 
     # -- primal ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ mean and scale, in float64 arithmetic.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,9 +25,9 @@ from convex_head.errors import (
     ConvergenceWarning,
     FeatureRangeError,
     NotFittedError,
-    RecordError,
     UnknownActivationError,
 )
+from convex_head.head_files import damaged, read_head, write_head
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
 from convex_head.problems.polynomial import PolynomialProblem
@@ -47,7 +44,6 @@ from convex_head.validation import (
     check_reg,
 )
 
-_FORMAT = "convex_head.head/1"
 _FLOAT32_ABOVE = 30_000_000
 
 
@@ -113,10 +109,7 @@ class ConvexRobustHead(nn.Module):
         Raises:
             NotFittedError: the head has no weights yet.
         """
-        if self.directions.shape[0] == 0:
-            raise NotFittedError(
-                "the head has no weights yet; found 0 neurons. Call fit, load or load_state_dict first."
-            )
+        self._check_fitted()
         with torch.autocast(features.device.type, enabled=False):
             a, b, c = self.coefficients
             z = (features.to(self.directions.dtype) - self.mean) / self.scale
@@ -333,16 +326,15 @@ class ConvexRobustHead(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the number of neurons from the incoming tensors."""
-        for name in ("directions", "readout"):
-            new = state_dict.get(prefix + name)
-            old = getattr(self, name)
-            if new is not None and new.shape != old.shape:
-                fits = new.ndim == 2 and (
-                    new.shape[1] == self.in_features if name == "directions" else new.shape[0] == old.shape[0]
-                )
-                if fits:
-                    setattr(self, name, nn.Parameter(old.new_zeros(new.shape), requires_grad=False))
+        """Take the number of neurons from the incoming tensors, where these are weights of such a head."""
+        directions, readout = (state_dict.get(prefix + name) for name in ("directions", "readout"))
+        if directions is not None and readout is not None and directions.ndim == readout.ndim == 2:
+            neurons, functions = directions.shape[0], self.readout.shape[0]
+            fits = directions.shape[1] == self.in_features and readout.shape == (functions, neurons)
+            if fits and neurons != self.directions.shape[0]:
+                zeros = self.directions.new_zeros
+                self.directions = nn.Parameter(zeros(neurons, self.in_features), requires_grad=False)
+                self.readout = nn.Parameter(zeros(functions, neurons), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _settings(self) -> dict[str, Any]:
@@ -353,22 +345,7 @@ class ConvexRobustHead(nn.Module):
         """Write weights, settings and certificate to one safetensors file (no pickle), atomically."""
         self._check_fitted()
         path = Path(path)
-        certificate = None
-        if self.result_ is not None:
-            plain = ("status", "primal", "dual", "gap", "neurons", "seconds", "iterations", "message", "solver")
-            certificate = {name: getattr(self.result_, name) for name in plain}
-        metadata = {
-            "format": _FORMAT,
-            "settings": json.dumps(self._settings()),
-            "certificate": json.dumps(certificate),
-        }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        try:
-            save_file(tensors, str(temporary), metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_head(path, self.state_dict(), self._settings(), self.result_)
         return path
 
     @classmethod
@@ -380,24 +357,11 @@ class ConvexRobustHead(nn.Module):
             FileNotFoundError: there is no such file.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no head file at {path}. Save one with head.save(path).")
+        tensors, settings, result = read_head(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as fault:
-            raise RecordError(
-                f"{path} must be a safetensors file; found a damaged one ({fault}). Save it again."
-            ) from fault
-        if metadata.get("format") != _FORMAT:
-            raise RecordError(f"{path} must have format {_FORMAT!r}; found {metadata.get('format')!r}. Save it again.")
-        settings = json.loads(metadata["settings"])
-        settings["coefficients"] = tuple(settings["coefficients"])
-        head = cls(settings.pop("in_features"), settings.pop("num_classes"), **settings)
-        head.to(tensors["directions"].dtype).load_state_dict(tensors)
-        certificate = json.loads(metadata["certificate"])
-        if certificate is not None:
-            certificate["status"] = Status(certificate["status"])
-            head.result_ = SolveResult(history=(), **certificate)
+            head = cls(**settings).to(tensors["directions"].dtype)
+            head.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as fault:
+            raise damaged(path, fault) from fault
+        head.result_ = result
         return head

@@ -95,9 +95,7 @@ def project(Z: Tensor, tol: float = 1e-9) -> Tensor:
     return (scale[:, None] * clipped * scale).to(Z.device)
 
 
-def network_from_moments(
-    positive: Sequence[Tensor], negative: Sequence[Tensor], tol: float = 1e-9
-) -> Network:
+def network_from_moments(positive: Sequence[Tensor], negative: Sequence[Tensor], tol: float = 1e-9) -> Network:
     """The network whose function c has D_c = positive[c] - negative[c], each matrix projected on S first.
 
     Args:
@@ -190,9 +188,7 @@ def _check_matrix(Z: Tensor) -> Tensor:
     matrix = Z.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):
         count = int((~torch.isfinite(matrix)).sum())
-        raise DecompositionError(
-            f"Z must be finite; found {count} entries that are NaN or infinite; check the solver"
-        )
+        raise DecompositionError(f"Z must be finite; found {count} entries that are NaN or infinite; check the solver")
     return matrix
 
 

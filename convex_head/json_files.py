@@ -42,8 +42,7 @@ def read_json(path: str | os.PathLike[str], error: type[Exception], what: str) -
         payload = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except (OSError, ValueError, RecursionError) as problem:
         raise error(
-            f"Cannot read the {what} {os.fspath(path)}: {problem}. "
-            "Give another path or delete the file and run again."
+            f"Cannot read the {what} {os.fspath(path)}: {problem}. Give another path or delete the file and run again."
         ) from problem
     if not isinstance(payload, dict):
         raise error(f"A {what} is one JSON object; {os.fspath(path)} holds a {type(payload).__name__}.")

@@ -221,9 +221,7 @@ def _check(record: EvalRecord) -> None:
             f"{record.robust_correct}, {record.clean_correct}, {record.n}. Evaluate the model again."
         )
     if record.labels and len(record.labels) != record.n:
-        raise RecordError(
-            f"A record has one label a point; found {len(record.labels)} for {record.n} points."
-        )
+        raise RecordError(f"A record has one label a point; found {len(record.labels)} for {record.n} points.")
     if record.clean or record.outcomes:
         _check_outcomes(record)
 

@@ -1,4 +1,4 @@
-"""``convex-head``: bench, fit, evaluate, leaderboard, doctor.
+"""``convex-head``: bench, fit, evaluate, report, leaderboard, doctor.
 
 Results go to stdout, progress and errors to stderr; exit codes are in :mod:`convex_head.cli_common`. Heavy imports
 wait until a command runs, so that --help is quick.
@@ -122,17 +122,20 @@ def evaluate(
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0.")] = None,
     state: Annotated[Path | None, typer.Option(help="File to keep progress in and to go on from.")] = None,
+    examples: Annotated[int, typer.Option(help="Points whose clean and attacked pictures go into the record.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Record to write.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Clean and robust accuracy of any model; exit code 1 if the record is flagged."""
+    import dataclasses
     import warnings
 
     from convex_head.data import load_dataset
     from convex_head.errors import EvaluationWarning
     from convex_head.evaluate import evaluate as run_attacks
+    from convex_head.examples import adversarial_examples
     from convex_head.head import ConvexRobustHead
     from convex_head.model_specs import build_model
     from convex_head.report.terminal import footnotes, results_table
@@ -156,7 +159,9 @@ def evaluate(
         net = replace_head(net, fitted, at=at, example_input=points.images[:2])
         metadata |= {"head": "convex", "radius": fitted.radius, "reg": fitted.reg}
         if fitted.result_ is not None:
-            metadata |= {"gap": fitted.result_.gap, "status": str(fitted.result_.status)}
+            found = fitted.result_
+            metadata |= {"gap": found.gap, "status": found.status.value, "neurons": found.neurons}
+            metadata |= {"objective": found.primal, "lower_bound": found.dual}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EvaluationWarning)  # the footnotes say it
         record = run_attacks(
@@ -173,6 +178,9 @@ def evaluate(
             dataset_name=dataset,
             metadata=metadata,
         )
+    if examples:
+        pictures = adversarial_examples(net, points, threat, examples, seed=seed, batch_size=batch_size)
+        record = dataclasses.replace(record, metadata={**record.metadata, "examples": pictures})
     if out is not None:
         record.save(out)
     if as_json:
@@ -183,6 +191,32 @@ def evaluate(
             messages(quiet=quiet).print(line, style="dim", markup=False)
     if record.flags:
         raise typer.Exit(FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+@guarded
+def report(
+    records: Annotated[list[Path], typer.Argument(help="Records of 'convex-head evaluate' or 'bench'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="report.html, or report.tex for a table.")],
+    title: Annotated[str, typer.Option(help="Heading of the HTML.")] = "Robustness evaluation",
+    pictures: Annotated[bool, typer.Option(help="Show the adversarial examples that records carry.")] = True,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Table, curves and pictures of records for an appendix, as one HTML file, or a LaTeX table (booktabs)."""
+    from convex_head.errors import InputError
+    from convex_head.records import EvalRecord
+    from convex_head.report import render_latex, render_report
+
+    if out.suffix not in (".html", ".tex"):
+        raise InputError(
+            f"--out ends in .html or .tex; found {out}. For a PDF, write .html and print it from a browser."
+        )
+    loaded = [EvalRecord.load(path) for path in records]
+    text = render_latex(loaded) if out.suffix == ".tex" else render_report(loaded, title=title, pictures=pictures)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    messages(quiet=quiet).print(f"wrote {out}", markup=False)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -32,10 +32,25 @@ def build(folder: Folder = _DEFAULT, quiet: Quiet = False, debug: Debug = False)
 
 @leaderboard.command(epilog=EXIT_CODES)
 @guarded
-def check(folder: Folder = _DEFAULT, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Recompute counts, intervals and percentages; refuse flagged entries and out-of-date pages."""
+def check(
+    entry: Annotated[str | None, typer.Argument(help="Entry whose certificate is recomputed; needs --head.")] = None,
+    folder: Folder = _DEFAULT,
+    head: Annotated[Path | None, typer.Option(help="The entry's head file (safetensors).")] = None,
+    features: Annotated[Path | None, typer.Option(help=".npz or .npy of the features it was trained on.")] = None,
+    labels: Annotated[Path | None, typer.Option(help=".npy of labels, for a .npy of features.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Limit of the certificate's fresh solve.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Recompute counts, intervals and percentages; refuse flagged entries and out-of-date pages.
+
+    With an entry, its head file and its training features, the certificate too.
+    """
     from convex_head.report import Entry, check_admissible
 
+    given = (entry, head, features)
+    if any(item is None for item in given) and any(item is not None for item in given):
+        raise EntryError("A certificate is recomputed from an entry, --head and --features; give all three.")
     problems = []
     paths = sorted((folder / "entries").glob("*.json"))
     for path in paths:
@@ -50,11 +65,37 @@ def check(folder: Folder = _DEFAULT, quiet: Quiet = False, debug: Debug = False)
             if not path.exists() or path.read_text(encoding="utf-8") != text
         ]
         problems += [f"{name} is not what the entries give; run 'convex-head leaderboard build'." for name in stale]
+    if not problems and entry is not None and head is not None and features is not None:
+        problems += _certificate_problem(folder, entry, head, features, labels, max_seconds, quiet)
     for problem in problems:
         error_line(messages(), problem)
     if problems:
         raise typer.Exit(FAILED)
     messages(quiet=quiet).print(f"{len(paths)} entries are consistent, the pages are current")
+
+
+def _certificate_problem(
+    folder: Path, name: str, head: Path, features: Path, labels: Path | None, max_seconds: float | None, quiet: bool
+) -> list[str]:
+    """What is wrong with an entry's certificate; nothing where it is confirmed."""
+    from convex_head.certificate_check import check_certificate
+    from convex_head.feature_files import read_features
+    from convex_head.head import ConvexRobustHead
+    from convex_head.report import Entry
+
+    record = Entry.load(folder / "entries" / f"{name.removesuffix('.json')}.json").record
+    try:
+        found = check_certificate(
+            record, ConvexRobustHead.load(head), *read_features(features, labels), max_seconds=max_seconds
+        )
+    except EntryError as error:
+        return [str(error)]
+    messages(quiet=quiet).print(
+        f"{record.name}: objective {found.objective:.6g}, lower bound {found.lower_bound:.6g}, gap {found.gap:.2e}: "
+        "the certificate holds",
+        markup=False,
+    )
+    return []
 
 
 @leaderboard.command(epilog=EXIT_CODES)
@@ -70,25 +111,56 @@ def add(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Turn records into entries; refuses what 'check' would refuse."""
+    """Turn records into entries, one a name and threat; what 'check' would refuse is left out, with exit code 1."""
     from convex_head.records import EvalRecord
     from convex_head.report import Entry, check_admissible
 
-    entries = [
-        Entry.from_record(
+    entries: dict[str, Entry] = {}
+    refused = []
+    for path in records:
+        entry = Entry.from_record(
             EvalRecord.load(path), link=link, authors=authors, venue=venue, additional_data=additional_data
         )
-        for path in records
-    ]
-    for entry in entries:
-        check_admissible(entry)
         existing = folder / "entries" / f"{entry.id}.json"
+        if entry.id in entries:
+            raise EntryError(f"{path} makes the entry {entry.id} a second time; give one of the records another name.")
         if existing.exists() and not replace:
             raise EntryError(f"{existing} exists; pass --replace, or give the record another name.")
-    for entry in entries:
-        path = entry.save(folder / "entries")
-        messages(quiet=quiet).print(f"wrote {path}", markup=False)
-    build(folder=folder, quiet=quiet, debug=debug)
+        try:
+            entry.check()
+            check_admissible(entry)
+        except EntryError as error:
+            refused.append(str(error))
+        else:
+            entries[entry.id] = entry
+    for entry in entries.values():
+        written = entry.save(folder / "entries")
+        messages(quiet=quiet).print(f"wrote {written}", markup=False)
+    if entries:
+        build(folder=folder, quiet=quiet, debug=debug)
+    for problem in refused:
+        error_line(messages(), problem)
+    if refused:
+        raise typer.Exit(FAILED)
+
+
+@leaderboard.command(epilog=EXIT_CODES)
+@guarded
+def serve(
+    folder: Folder = _DEFAULT,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the built page at http://127.0.0.1:PORT, to this machine only, until Ctrl-C."""
+    from convex_head.page_server import page_server
+
+    with page_server(folder, port) as server:
+        messages(quiet=quiet).print(f"http://127.0.0.1:{server.server_port}/ shows {folder}; Ctrl-C ends", markup=False)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
 
 
 @leaderboard.command(epilog=EXIT_CODES)
@@ -123,8 +195,8 @@ def export(
 def _entries(folder: Path) -> list[Entry]:
     from convex_head.report import load_entries
 
-    if not (folder / "entries").is_dir():
-        raise EntryError(f"{folder}/entries is no folder; add a first record with 'convex-head leaderboard add'.")
+    if not folder.is_dir():
+        raise EntryError(f"{folder} is no folder; add a first record with 'convex-head leaderboard add'.")
     return load_entries(folder / "entries")
 
 

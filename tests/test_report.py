@@ -61,7 +61,7 @@ def make_record(name="m", clean="1111111110", robust="1111100000", eps="0.1", **
 def test_entry_has_robustbench_fields_and_survives_the_disk(tmp_path):
     entry = Entry.from_record(make_record("My model, v2!"), link="https://example.org", authors="A, B")
     path = entry.save(tmp_path)
-    assert path.name == "my-model-v2.json"
+    assert path.name == "digits-my-model-v2-linf-0-1.json"
     payload = json.loads(path.read_text())
     assert set(payload) == {*ROBUSTBENCH_FIELDS, "convex_head"}
     assert (payload["clean_acc"], payload["autoattack_acc"], payload["eps"]) == ("90.00", "50.00", "0.1")
@@ -144,7 +144,7 @@ def test_flagged_and_unverifiable_entries_are_not_listed():
 def test_ranking():
     names = [("b", "1110000000", "0.1"), ("a", "1111110000", "0.1"), ("c", "1111111111", "0.2")]
     entries = [Entry.from_record(make_record(n, robust=r, eps=e)) for n, r, e in names]
-    assert [entry.id for entry in ranked(entries)] == ["a", "b", "c"]
+    assert [entry.id for entry in ranked(entries)] == ["digits-a-linf-0-1", "digits-b-linf-0-1", "digits-c-linf-0-2"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_page_shows_every_entry_once_and_is_self_contained():
     entries = [Entry.from_record(make_record(name, robust=r)) for name, r in [("a", "1" * 10), ("b", "0" * 10)]]
     text = render_page(entries, title="T", note="N")
     page = Page(text)
-    assert [row["id"] for row in page.all("details")] == ["entry-a", "entry-b"]
+    assert [row["id"] for row in page.all("details")] == ["entry-digits-a-linf-0-1", "entry-digits-b-linf-0-1"]
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
     assert len(page.all("h1")) == 1 and page.all("html") == [{"lang": "en"}]
     assert all("scope" in cell for cell in page.all("th"))
@@ -230,7 +230,7 @@ def test_hostile_entries_stay_in_their_markdown_cell():
 def test_frontier_marks_what_nothing_dominates():
     made = [("a", "1111111111", "1100000000"), ("b", "1111111100", "1111100000"), ("c", "1111111100", "1000000000")]
     plot = frontier([Entry.from_record(make_record(n, clean=c, robust=r)) for n, c, r in made])
-    assert {p["id"]: p["front"] for p in plot["points"]} == {"a": True, "b": True, "c": False}
+    assert {p["label"]: p["front"] for p in plot["points"]} == {"a": True, "b": True, "c": False}
     for point in plot["points"]:
         assert plot["left"] <= point["x"] <= plot["right"] and plot["top"] <= point["high"] <= point["y"]
         assert point["y"] <= point["low"] <= plot["bottom"]
@@ -243,8 +243,11 @@ def test_curves_join_the_same_weights_over_eps():
     entries = [at("a", "0.2", "1" + "0" * 9), at("a", "0.1", "1" * 10), at("b", "0.1", "1" * 10)]
     (plot,) = curves(entries)
     (line,) = plot["lines"]
-    assert line["values"] == [("0.1", 0.9), ("0.2", 0.1)]
-    assert "Robust accuracy against eps" in render_page(entries)
+    assert [(eps, accuracy) for eps, accuracy, _, _ in line["values"]] == [("0", 0.9), ("0.1", 0.9), ("0.2", 0.1)]
+    assert all(0 <= low <= accuracy <= high <= 1 for _, accuracy, low, high in line["values"])
+    text = render_page(entries)
+    # Once for the board, and once in the section of each of its two entries.
+    assert text.count("Accuracy against eps") == 1 and text.count("Accuracy under attack against eps") == 3
 
 
 def test_terminal_table_and_comparison():
@@ -333,9 +336,9 @@ find.dispatchEvent(new Event('input', {bubbles: true}));
 result.filtered = names(); result.count = document.getElementById('count').textContent;
 document.getElementById('theme').click();
 result.theme = document.documentElement.dataset.theme;
-location.hash = '#entry-better';
+location.hash = '#entry-digits-better-linf-0-1';
 setTimeout(() => {
-  result.open = document.getElementById('entry-better').open;
+  result.open = document.getElementById('entry-digits-better-linf-0-1').open;
   result.owned = document.title;
   result.errors = window.errors;
   document.body.dataset.result = JSON.stringify(result);

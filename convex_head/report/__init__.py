@@ -1,7 +1,17 @@
-"""What records look like: a terminal table, a leaderboard page, Markdown. Knows only records; imports no torch."""
+"""What records look like: a terminal table, a leaderboard page, a report. Knows only records; imports no torch."""
 
+from convex_head.report.document import render_latex, render_report
 from convex_head.report.entries import Entry, check_admissible, load_entries, ranked
 from convex_head.report.markdown import render_markdown
 from convex_head.report.page import render_page
 
-__all__ = ["Entry", "check_admissible", "load_entries", "ranked", "render_markdown", "render_page"]
+__all__ = [
+    "Entry",
+    "check_admissible",
+    "load_entries",
+    "ranked",
+    "render_latex",
+    "render_markdown",
+    "render_page",
+    "render_report",
+]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ class Entry:
     """One row of the leaderboard.
 
     Attributes:
-        id: file name without suffix: lower-case letters, digits and hyphens.
+        id: file name without suffix: lower-case letters, digits and hyphens. :meth:`from_record` makes it of
+            dataset, name and threat, so that one model at several eps makes several entries.
         robustbench: RobustBench's twelve fields, and "external" where it applies.
         record: the evaluation.
     """
@@ -85,7 +87,7 @@ class Entry:
         }
         if robust != percent:
             fields["external"] = robust
-        return cls(slug(record.name), fields, record)
+        return cls(_entry_id(record), fields, record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Entry:
@@ -118,7 +120,7 @@ class Entry:
         Raises:
             EntryError: one does not.
         """
-        if slug(self.id) != self.id:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id) or len(self.id) > 200:
             raise EntryError(
                 f"An entry's file name has lower-case letters, digits and hyphens; found {self.id!r}. "
                 f"Rename it to {slug(self.id)}.json."
@@ -131,6 +133,7 @@ class Entry:
                     f"{expected.get(name)!r}. "
                     "Add the record again with 'convex-head leaderboard add'."
                 )
+        _check_certificate(self.id, self.record)
 
 
 def check_admissible(entry: Entry) -> None:
@@ -173,15 +176,53 @@ def slug(text: str) -> str:
 
 
 def fact(record: EvalRecord, key: str, kind: type | tuple[type, ...]) -> Any:
-    """``record.metadata[key]`` if it is of that kind (and finite), else None: metadata is the caller's."""
+    """``record.metadata[key]`` if it is of that kind (and a finite float), else None: metadata is the caller's."""
     value = record.metadata.get(key)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         return None
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, (int, float)) and not is_finite(value) else value
+
+
+def is_finite(value: Any) -> bool:
+    """A number, not a bool, that a float can hold: JSON has integers of any length."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def plain(value: Any, limit: int = 300) -> str:
+    """Text in one line and of bounded length, without what would disturb its neighbours.
+
+    Control characters, direction marks and lone surrogates (which no file can hold) are left out.
+    """
+    text = str(value)
+    short = " ".join(text[: 8 * limit].split())
+    kept = "".join(letter for letter in short if unicodedata.category(letter) not in ("Cc", "Cf", "Cs"))
+    return kept if len(kept) <= limit and len(text) <= 8 * limit else kept[: limit - 1] + "…"
+
+
+def _entry_id(record: EvalRecord) -> str:
+    name, dataset = slug(record.name), slug(str(record.dataset.get("name", "")))
+    start = name if name == dataset or name.startswith(f"{dataset}-") else f"{dataset}-{name}"
+    return f"{start}-{slug(f'{record.threat.norm}-{record.threat.eps_text}')}"
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
+
+
+def _check_certificate(name: str, record: EvalRecord) -> None:
+    """The gap is that of objective and lower bound, and a bound is below its objective."""
+    primal, dual, gap = (fact(record, key, (int, float)) for key in ("objective", "lower_bound", "gap"))
+    if primal is None or dual is None:
+        return
+    expected = (primal - dual) / max(1e-12, primal)
+    if gap is None or expected < -1e-6 or abs(gap - expected) > 1e-6 + 1e-3 * abs(expected):
+        raise EntryError(
+            f"{name}: an objective of {primal:g} above a lower bound of {dual:g} has the relative gap {expected:.3g}; "
+            f"the record says {gap}. Evaluate the head again."
+        )
 
 
 def _check_fields(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:

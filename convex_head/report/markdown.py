@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from convex_head.report.entries import Entry, fact, ranked
+from convex_head.report.entries import Entry, fact, plain, ranked
 from convex_head.report.terminal import gap_text, short_attack
 
 _HEADER = (
@@ -51,7 +51,7 @@ def _row(place: int, entry: Entry) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot leave its cell nor become markup."""
-    flat = " ".join(text.split())[:200]
+    flat = plain(text, 200)
     for character in "\\`*_[]|<>&#!":
         flat = flat.replace(character, f"&#{ord(character)};" if character in "<>&|" else f"\\{character}")
     return flat

@@ -1,33 +1,39 @@
 """Coordinates of the page's plots, as plain numbers for the template; the template draws the SVG.
 
 frontier   clean against robust accuracy of the entries under one threat, with 95 % intervals
-curves     robust accuracy against eps of entries that share dataset, points, norm and model
+curves     accuracy against eps of entries that share dataset, points, norm and model; at eps = 0 it is the clean one
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from convex_head.report.entries import Entry, fact
+from convex_head.statistics import wilson_interval
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 52, 44, 12, 12
 
 
 def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Scatter plot of clean (x) and robust (y) accuracy; entries on the Pareto front are marked."""
+    """Scatter plot of clean (x) and robust (y) accuracy; entries on the Pareto front are marked.
+
+    Args:
+        entries: under one threat, in the order of their places in the table, from 1.
+    """
     accuracies = [(entry.record.clean_accuracy, entry.record.robust_accuracy) for entry in entries]
     lowest = min(clean for clean, _ in accuracies)
-    axis_x = _axis(max(0.0, lowest - 0.02), 1.0)
-    axis_y = _axis(0.0, 1.0)
+    axis_x, axis_y = _axis(max(0.0, lowest - 0.02)), (0.0, 1.0)
     points = []
-    for entry, (clean, robust) in zip(entries, accuracies, strict=True):
+    for place, (entry, (clean, robust)) in enumerate(zip(entries, accuracies, strict=True), start=1):
         low, high = entry.record.interval
         dominated = any(c >= clean and r >= robust and (c, r) != (clean, robust) for c, r in accuracies)
         points.append(
             {
                 "id": entry.id,
+                "place": place,
                 "label": entry.robustbench["name"],
                 "kind": _kind(entry),
                 "x": _x(clean, axis_x),
@@ -66,20 +72,30 @@ def _curve_plot(lines: Sequence[Sequence[Entry]]) -> dict[str, Any]:
     axis_y = (0.0, 1.0)
     drawn = []
     for index, line in enumerate(lines):
-        records = [entry.record for entry in line]
-        xs = [_x(record.threat.eps, axis_x) for record in records]
-        lows = [_y(record.interval[0], axis_y) for record in records]
-        highs = [_y(record.interval[1], axis_y) for record in records]
+        values = _values(line)
+        middle = [(_x(eps, axis_x), _y(accuracy, axis_y)) for _, eps, accuracy, _, _ in values]
+        low = [(_x(eps, axis_x), _y(bound, axis_y)) for _, eps, _, bound, _ in values]
+        high = [(_x(eps, axis_x), _y(bound, axis_y)) for _, eps, _, _, bound in values]
         drawn.append(
             {
                 "label": line[0].robustbench["name"],
+                "ids": [entry.id for entry in line],
                 "series": index % 6,
-                "path": _points(zip(xs, (_y(r.robust_accuracy, axis_y) for r in records), strict=True)),
-                "band": _points([*zip(xs, highs, strict=True), *reversed(list(zip(xs, lows, strict=True)))]),
-                "values": [(record.threat.eps_text, record.robust_accuracy) for record in records],
+                "dots": middle,
+                "path": _points(middle),
+                "band": _points([*high, *reversed(low)]),
+                "values": [(text, accuracy, *bounds) for text, _, accuracy, *bounds in values],
             }
         )
     return {"lines": drawn, **_frame(axis_x, axis_y, eps=True)}
+
+
+def _values(line: Sequence[Entry]) -> list[tuple[str, float, float, float, float]]:
+    """(text of eps, eps, accuracy, bounds of its 95 % interval), the clean accuracy first."""
+    first = line[0].record
+    clean = ("0", 0.0, first.clean_accuracy, *wilson_interval(first.clean_correct, first.n))
+    records = [entry.record for entry in line if entry.record.threat.eps > 0]
+    return [clean, *((r.threat.eps_text, r.threat.eps, r.robust_accuracy, *r.interval) for r in records)]
 
 
 def _points(pairs: Any) -> str:
@@ -92,9 +108,15 @@ def _kind(entry: Entry) -> str:
     return next((kind for kind in ("convex", "linear", "mlp") if kind in head), "own")
 
 
-def _axis(low: float, high: float) -> tuple[float, float]:
-    """Widened to multiples of 5 %."""
-    return (int(low * 20) / 20, high)
+def _axis(low: float) -> tuple[float, float]:
+    """From a round accuracy at or below ``low`` to 1."""
+    percent = _step(1.0 - low)
+    return (max(0.0, (100 - percent * math.ceil(100 * (1.0 - low) / percent - 1e-9)) / 100), 1.0)
+
+
+def _step(width: float) -> int:
+    """Percent between ticks: at most five steps over ``width``."""
+    return next((step for step in (5, 10) if 100 * width <= 5 * step + 1e-9), 20)
 
 
 def _x(value: float, axis: tuple[float, float]) -> float:
@@ -110,9 +132,13 @@ def _y(value: float, axis: tuple[float, float]) -> float:
 def _frame(axis_x: tuple[float, float], axis_y: tuple[float, float], *, eps: bool = False) -> dict[str, Any]:
     """Size and ticks of a plot; accuracies as percent, eps as a number."""
 
-    def ticks(axis: tuple[float, float], place: Any, style: str, scale: float) -> list[tuple[float, str]]:
-        steps = [axis[0] + (axis[1] - axis[0]) * k / 4 for k in range(5)]
-        return [(place(step, axis), format(scale * step, style)) for step in steps]
+    def ticks(axis: tuple[float, float], place: Any, count: int, scale: float) -> list[tuple[float, str]]:
+        steps = [axis[0] + (axis[1] - axis[0]) * k / count for k in range(count + 1)]
+        return [(place(step, axis), format(scale * step, ".3g")) for step in steps]
+
+    def round_ticks(axis: tuple[float, float], place: Any) -> list[tuple[float, str]]:
+        width = axis[1] - axis[0]
+        return ticks(axis, place, round(100 * width / _step(width)), 100.0)
 
     return {
         "width": WIDTH,
@@ -121,6 +147,6 @@ def _frame(axis_x: tuple[float, float], axis_y: tuple[float, float], *, eps: boo
         "right": WIDTH - RIGHT,
         "top": TOP,
         "bottom": HEIGHT - BOTTOM,
-        "ticks_x": ticks(axis_x, _x, ".3g", 1.0 if eps else 100.0),
-        "ticks_y": ticks(axis_y, _y, ".3g", 100.0),
+        "ticks_x": ticks(axis_x, _x, 4, 1.0) if eps else round_ticks(axis_x, _x),
+        "ticks_y": round_ticks(axis_y, _y),
     }

@@ -31,7 +31,7 @@
   const form = document.getElementById("filters");
   const find = document.getElementById("find");
   const filter = () => {
-    const wanted = [...form.querySelectorAll("select")].filter((select) => select.value !== "");
+    const wanted = [...form.querySelectorAll("select")].filter((select) => select.selectedIndex > 0);
     const text = find.value.trim().toLowerCase();
     let shown = 0;
     rows.forEach((row) => {
@@ -60,7 +60,7 @@
   };
   const compare = ([first, second]) => {
     const [a, b] = [pairs[first.value], pairs[second.value]];
-    const names = [first, second].map((box) => box.closest("tr").cells[1].querySelector("a").textContent);
+    const names = [first, second].map((box) => box.closest("tr").querySelector("th a").textContent);
     if (!a || !b || a.points !== b.points) {
       return `${names[0]} and ${names[1]} were not evaluated on the same points under the same threat, so they cannot be compared point by point.`;
     }

@@ -1,0 +1,84 @@
+"""Recompute a record's certificate from the head's weights and the features it was trained on.
+
+    objective      exact robust objective of the weights in the file
+    lower bound    of a fresh solve that starts from these weights and stops once the claimed gap is confirmed
+    gap            (objective - lower bound) / max(1e-12, objective)
+
+Nothing of what the head file or the record claims enters. That the evaluated network held this head is not checked:
+a record has a fingerprint of the whole network only.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from convex_head.errors import ConvergenceWarning, EntryError
+from convex_head.head import ConvexRobustHead
+from convex_head.records import EvalRecord
+from convex_head.report.entries import fact
+from convex_head.solvers import get_solver
+from convex_head.solvers.result import relative_gap
+
+_RELATIVE = 1e-3
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was recomputed: objective of the weights, lower bound of the optimum, relative gap."""
+
+    objective: float
+    lower_bound: float
+    gap: float
+
+
+def check_certificate(
+    record: EvalRecord, head: ConvexRobustHead, features: Any, labels: Any, *, max_seconds: float | None = None
+) -> Certificate:
+    """Compare a record's metadata with its head.
+
+    Args:
+        record: with "gap" in its metadata; "objective", "radius", "reg" and "neurons" are compared where they are.
+        head: the fitted head.
+        features: (n, d) training features, as given to ``fit``.
+        labels: (n,) their classes.
+        max_seconds: limit of the fresh solve.
+
+    Raises:
+        EntryError: the record has no gap, a number differs, or the claimed gap is not reached.
+        InputError: features or labels do not fit the head.
+    """
+    gap = fact(record, "gap", (int, float))
+    if gap is None or gap < 0:
+        raise EntryError(f"{record.name} claims no gap; found {record.metadata.get('gap')!r}. Nothing can be checked.")
+    enough = gap * (1 + _RELATIVE) + 1e-9
+    problem = head.problem(features, labels)
+    network = head.network()
+    objective = problem.objective(network)
+    found = {"objective": objective, "radius": head.radius, "reg": head.reg, "neurons": network.size}
+    for name, value in found.items():
+        stated = record.metadata.get(name, value)
+        if not isinstance(stated, (int, float)) or not math.isclose(stated, value, rel_tol=_RELATIVE):
+            raise EntryError(
+                f"{record.name} says {name} = {stated}, but its head has {value:g} on these features. "
+                "Give the head and the features of this record."
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = get_solver("auto").solve(
+            problem,
+            tol=enough / 100,
+            max_seconds=max_seconds,
+            # The bound counts against these weights, however far below them the solve gets.
+            callbacks=(lambda progress: relative_gap(objective, progress.dual) <= enough,),
+            start=network,
+        )
+    recomputed = Certificate(objective, result.dual, relative_gap(objective, result.dual))
+    if recomputed.gap > enough:
+        raise EntryError(
+            f"{record.name} claims a gap of {gap:.3g}; recomputed it is {recomputed.gap:.3g} (objective "
+            f"{objective:.6g}, lower bound {result.dual:.6g}, {result.status}). Allow more --max-seconds, or fit again."
+        )
+    return recomputed

@@ -16,8 +16,18 @@ from rich.console import Console
 import convex_head.report
 from convex_head.errors import EntryError
 from convex_head.records import EvalRecord
-from convex_head.report import Entry, check_admissible, load_entries, ranked, render_markdown, render_page
-from convex_head.report.entries import ROBUSTBENCH_FIELDS, slug
+from convex_head.report import (
+    Entry,
+    check_admissible,
+    load_entries,
+    ranked,
+    render_latex,
+    render_markdown,
+    render_page,
+    render_report,
+)
+from convex_head.report.entries import ROBUSTBENCH_FIELDS, plain, slug
+from convex_head.report.pictures import is_png
 from convex_head.report.plots import curves, frontier
 from convex_head.report.terminal import comparison_lines, footnotes, gap_text, results_table
 from convex_head.statistics import mcnemar_exact, paired_interval
@@ -166,7 +176,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "link", "input"}:
+        if tag not in {"meta", "link", "input", "img"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -217,6 +227,109 @@ def test_hostile_entries_stay_text():
     assert len(text) < 200_000  # a megabyte of text was clipped
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+
+
+# Values that JSON allows and a careless page does not survive; each must still give a page.
+ODD = {
+    "huge integers": {"metadata": {"gap": 10**400, "radius": 10**400, "x": 10**400, "neurons": -(10**4000)}},
+    "infinite costs": {
+        "attacks": {
+            "autoattack": {
+                "attempted": 9,
+                "broken": 4,
+                "robust_correct": 5,
+                "forwards": 10**400,
+                "backwards": "<script>",
+                "seconds": float("inf"),
+            }
+        }
+    },
+    "nan": {"metadata": {"gap": float("nan"), "radius": float("nan"), "x": float("nan")}},
+    "surrogates": {
+        "metadata": {"training": "\ud800", "head": "\ud800"},
+        "command": "\ud800",
+        "versions": {"\ud800": 1},
+    },
+    "labels": {"labels": ("<script>",) * 10},
+    "huge labels": {"labels": (10**400,) * 10},
+    "nested": {"metadata": {"training": {"a": 1}, "head": ["b"], "gap": [1]}, "hardware": {"a": {"b": ["<img>"]}}},
+    "many keys": {"metadata": {f"k{k}": k for k in range(5000)}, "versions": {f"k{k}": k for k in range(5000)}},
+    "no dataset": {"dataset": {}, "model": {}},
+    "dataset is a list": {"dataset": {"name": ["<script>"], "fingerprint": {"a": 1}}, "model": {"fingerprint": [1]}},
+    "command": {"command": {"a": 1}, "seed": "<script>", "commit": ["<script>"], "created": "\u202e\x00\x1b[31m"},
+    "examples": {"metadata": {"examples": [1]}},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_values_do_not_break_a_page(case):
+    odd = make_record("odd", **ODD[case])
+    entries = [Entry.from_record(odd), Entry.from_record(make_record("calm"))]
+    for text in (render_page(entries), render_report([odd])):
+        page = Page(text)
+        text.encode("utf-8")
+        assert len(page.all("script")) <= 2 and page.all("img") == [] and len(text) < 200_000
+        assert "\x1b" not in text and "\u202e" not in text
+    render_markdown(entries).encode("utf-8")
+    render_latex([odd]).encode("utf-8")
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        (PIXEL, True),
+        (PIXEL + '" onerror="alert(1)', False),
+        (PIXEL.replace("png", "svg+xml"), False),
+        ("https://example.org/a.png", False),
+        ("javascript:alert(1)", False),
+        ("data:image/png;base64,AAAA", False),
+        ("data:image/png;base64," + "A" * 200_000, False),
+        # The header of a picture of 65,536 times 65,536 pixels.
+        ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgABAAAAAQAACAAAAAA=", False),
+        (None, False),
+    ],
+)
+def test_only_small_png_pictures_are_shown(uri, expected):
+    assert is_png(uri) is expected
+    item = {"clean": uri, "adversarial": PIXEL, "label": HOSTILE, "clean_prediction": 1, "adversarial_prediction": 2}
+    record = make_record(metadata={"examples": {"attack": HOSTILE, "images": [item] * 100}})
+    images = Page(render_page([Entry.from_record(record)])).all("img")
+    assert len(images) == (24 if expected else 0)  # a dozen pairs at most
+    assert all(set(image) == {"src", "alt", "width", "height"} and image["alt"] for image in images)
+
+
+def test_plain_text_is_short_and_printable():
+    assert plain(" a\n b\x00\u202e\ud800 ") == "a b"
+    assert len(plain("y" * 10**6, 50)) == 50 and plain("y" * 60, 50).endswith("…")
+
+
+def test_report_has_a_table_curves_and_a_section_a_record():
+    records = [make_record("a", eps="0.1"), make_record("a", eps="0.2"), make_record("a", eps="0.2"), make_record("b")]
+    text = render_report(records, title="<T>")
+    page = Page(text)
+    assert "<h1>&lt;T&gt;</h1>" in text and page.all("script") == []
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) and sum(name.startswith("entry-") for name in ids) == 4
+    assert text.count("Accuracy against eps") == 1
+    links = [link["href"][1:] for link in page.all("a")]
+    assert set(links) <= set(ids) and len(links) == 4
+
+
+def test_latex_table():
+    flagged = make_record("a_b & 100%", flags=("x",), flag_details={"x": "y"})
+    lines = render_latex([make_record("m", eps="8/255"), flagged]).splitlines()
+    rows = [line.strip() for line in lines if line.endswith("\\\\")]
+    assert rows[1] == "\\multicolumn{7}{l}{digits, l-infinity, eps = 8/255, n = 10} \\\\"
+    assert rows[2] == "m & 90.0 & 50.0 & 23.7--76.3 & 50.0 & 0.5 & 1.0e-03 \\\\"
+    assert rows[4].startswith("a\\_b \\& 100\\%$^{\\dagger}$ & 90.0") and "flagged" in lines[-2]
+    assert sum("rule" in line for line in lines) == 4
+    hostile = render_latex([make_record("\\input{/etc/passwd}$^~|<>#")])
+    assert "\\input" not in hostile and "\\textbackslash{}input\\{/etc/passwd\\}" in hostile
 
 
 def test_hostile_entries_stay_in_their_markdown_cell():
@@ -334,6 +447,19 @@ result.other = document.getElementById('comparison').textContent;
 const find = document.getElementById('find'); find.value = 'contr';
 find.dispatchEvent(new Event('input', {bubbles: true}));
 result.filtered = names(); result.count = document.getElementById('count').textContent;
+find.value = '';
+const head = document.querySelector('select[data-column=head]');
+const choose = (text) => {
+  head.selectedIndex = [...head.options].findIndex(o => o.textContent.trim() === text);
+  head.dispatchEvent(new Event('input', {bubbles: true}));
+  return names().sort();
+};
+result.heads = [choose('(none)'), choose('convex'), choose('all').length];
+const focusable = 'a[href], button, select, input, summary, [tabindex="0"]';
+result.focusable = [...document.querySelectorAll(focusable)].every(e => e.tabIndex === 0);
+result.dangling = [...document.querySelectorAll('a[href^="#"]')].filter(
+  a => !document.getElementById(decodeURIComponent(a.getAttribute('href').slice(1)))).length;
+result.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 document.getElementById('theme').click();
 result.theme = document.documentElement.dataset.theme;
 location.hash = '#entry-digits-better-linf-0-1';
@@ -367,6 +493,8 @@ def test_page_in_a_browser(tmp_path):
     assert f"p = {mcnemar_exact(10, 0):.4f}"[:10] in result["comparison"]
     assert "cannot be compared" in result["other"]
     assert result["filtered"] == ["control"] and result["count"] == "1 of 4 models"
+    assert result["heads"] == [["control"], ["better", "elsewhere"], 4]
+    assert result["focusable"] is True and result["dangling"] == 0 and result["wide"] == 0
     assert result["theme"] in ("dark", "light") and result["open"] is True
 
 

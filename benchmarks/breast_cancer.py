@@ -136,7 +136,7 @@ def measure(plan: Plan, seed: int, radius: float, reg: float) -> list[Record]:
     # The features are standardised already, so that the head's units are those of the threat.
     head = ConvexRobustHead(split.train.shape[1], 2, radius=radius, reg=reg, standardize=False)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-        head.fit(split.train, split.train_labels, tol=1e-2, max_seconds=60, progress=False)
+        head.fit(split.train, split.train_labels, tol=1e-2, max_seconds=300, progress=False)
     result = head.result_
     if result is None:
         raise RuntimeError("fit returned without a result")

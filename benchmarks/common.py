@@ -72,7 +72,7 @@ def arguments(name: str, doc: str | None, argv: Sequence[str] | None = None, *, 
             busy one they wait for each other: 35 times slower was seen. So it is 1 where tensors are small.
 
     Returns:
-        quick (bool), out (Path), threads (int), name (str).
+        quick (bool), out (Path), threads (int), name (str), given (the arguments that change the numbers).
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(doc or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small run in seconds, into runs/benchmarks/")
@@ -80,6 +80,7 @@ def arguments(name: str, doc: str | None, argv: Sequence[str] | None = None, *, 
     parser.add_argument("--threads", type=int, default=threads, help="threads of torch (default: %(default)s)")
     options = parser.parse_args(argv)
     options.name = name
+    options.given = ["--quick"] * options.quick + [f"--threads {options.threads}"] * (options.threads != threads)
     options.out = options.out or (_QUICK_RESULTS if options.quick else _RESULTS) / name
     torch.set_num_threads(options.threads)
     return options
@@ -100,7 +101,7 @@ def origin(options: argparse.Namespace) -> Record:
             continue
     return {
         "benchmark": options.name,
-        "command": f"python -m benchmarks.{options.name}" + (" --quick" if options.quick else ""),
+        "command": " ".join([f"python -m benchmarks.{options.name}", *options.given]),
         "commit": provenance.commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": found,

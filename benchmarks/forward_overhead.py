@@ -119,7 +119,7 @@ def draw(pyplot: Any, rows: list[Record]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, print, write."""
-    options = arguments(NAME, __doc__, argv, threads=2)
+    options = arguments(NAME, __doc__, argv)
     records: list[Record] = []
     rows = []
     for name, (net, width, images) in networks(options.quick).items():

@@ -244,6 +244,8 @@ class ConvexRobustHead(nn.Module):
         message = (
             f"{result.solver}: {status.value}, objective {primal:.6g}, relative gap {gap:.3g} as deployed ({dtype})"
         )
+        if not bool(network.weights.any()):
+            message += "; the best network is the zero network: lower reg or radius"
         if status is not Status.CONVERGED:
             warnings.warn(
                 f"{message}; tol = {tol:g} was not reached after {result.seconds:.3g} s. Allow more time "

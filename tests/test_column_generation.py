@@ -91,15 +91,13 @@ def test_radii_reach_the_sdp(radius: float) -> None:
     check_history(result, optimum)
 
 
-@pytest.mark.xfail(strict=True, reason="worst-case points are not unique here: dual points are not averaged")
 @pytest.mark.parametrize("radius", [1.5, 2.0, 3.0])
 def test_radii_beyond_which_worst_points_are_not_unique(radius: float) -> None:
-    result = solve(breast_cancer(40, 5, radius=radius), tol=1e-2, max_seconds=2.0)
+    result = solve(breast_cancer(40, 5, radius=radius), tol=1e-2, max_seconds=30.0)
     assert result.primal == pytest.approx({1.5: 0.819643, 2.0: 0.908748, 3.0: 1.0}[radius], rel=1e-2)
     assert result.converged
 
 
-@pytest.mark.xfail(strict=True, raises=SolverError, reason="the network underflows to NaN")
 @pytest.mark.parametrize("reg", [5.0, 1e4])
 def test_zero_network_is_optimal_when_regularisation_is_large(reg: float) -> None:
     result = solve(breast_cancer(40, 5, reg=reg), tol=1e-3)

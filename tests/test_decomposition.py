@@ -56,9 +56,7 @@ def evaluate(network: Network, x: torch.Tensor, functions: int) -> torch.Tensor:
     magnitude=st.integers(-120, 120),
     spread=st.sampled_from([0.0, 1.0, 3.0]),
 )
-def test_decompose_rebuilds_any_member(
-    seed: int, width: int, rank: int, magnitude: int, spread: float
-) -> None:
+def test_decompose_rebuilds_any_member(seed: int, width: int, rank: int, magnitude: int, spread: float) -> None:
     Z = random_member(np.random.default_rng(seed), width, rank, spread) * 10.0**magnitude
     directions, weights = decompose(Z)
     assert len(weights) <= min(rank, width + 1)
@@ -137,9 +135,7 @@ def test_moments_and_network_are_inverse(seed: int, width: int, functions: int) 
     positive, negative = moments(network, functions)
     rebuilt = network_from_moments(positive, negative)
     x = torch.from_numpy(rng.normal(size=(7, width)))
-    torch.testing.assert_close(
-        evaluate(rebuilt, x, functions), evaluate(network, x, functions), rtol=1e-7, atol=1e-7
-    )
+    torch.testing.assert_close(evaluate(rebuilt, x, functions), evaluate(network, x, functions), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(rebuilt.norm, network.norm, rtol=1e-7, atol=0)
     assert rebuilt.size == sum(int(torch.linalg.matrix_rank(Z, hermitian=True)) for Z in positive + negative)
 

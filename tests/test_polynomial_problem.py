@@ -10,6 +10,7 @@ from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
 from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.solvers.column_generation import ColumnGeneration
 from convex_head.solvers.sdp import build
 
 COEFFICIENTS = (0.09, 0.5, 0.47)
@@ -119,18 +120,19 @@ def test_evaluation_is_autograd_through_the_worst_points(classes: int, loss: str
     torch.testing.assert_close(got.gradient * alive, expected * alive, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.parametrize("blur", [0.0, 0.2])
 @cases
-def test_gradient_by_differences(classes: int, loss: str) -> None:
+def test_gradient_by_differences(classes: int, loss: str, blur: float) -> None:
     problem = make(20, 3, classes, loss, coefficients=(0.3, -0.4, 0.2))
     packed = problem.pack(network(3, problem.num_functions, 8))
-    gradient = problem.evaluate(packed, 0.3).gradient
+    gradient = problem.evaluate(packed, 0.3, blur).gradient
     generator = torch.Generator().manual_seed(5)
     for _ in range(5):
         step = (
             torch.randn(packed.vectors.shape, generator=generator, dtype=torch.float64) * packed.signs.abs()[..., None]
         )
         up, down = (
-            problem.evaluate(PackedNetwork.of(packed.vectors + h * step, packed.signs), 0.3).smoothed
+            problem.evaluate(PackedNetwork.of(packed.vectors + h * step, packed.signs), 0.3, blur).smoothed
             for h in (1e-5, -1e-5)
         )
         assert (up - down) / 2e-5 == pytest.approx(float((gradient * step).sum()), rel=1e-5, abs=1e-7)
@@ -274,3 +276,17 @@ def test_random_networks_repeat_by_seed() -> None:
     assert torch.equal(first.directions, again.directions) and not torch.equal(first.directions, other.directions)
     assert first.size == 12 and sorted(first.function.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
     assert np.allclose(first.directions.norm(dim=1), 1)
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.05, 1.0])
+@cases
+def test_bound_of_a_blurred_point_stays_below_the_optimum(classes: int, loss: str, blur: float) -> None:
+    """Any mixture of points of the balls gives a valid bound; the optimum is bracketed by a certified solve."""
+    problem = make(24, 3, classes, loss, radius=1.0)
+    best = ColumnGeneration().solve(problem, tol=1e-3)
+    for seed in range(3):
+        packed = problem.pack(problem.random_network(2, seed))
+        report = problem.dual_point(packed, 0.3, blur)
+        assert problem.oracle(report.point).dual <= best.primal * (1 + 1e-9)
+        assert report.primal <= problem.objective(packed.unpack()) * (1 + 1e-12)
+        assert report.smoothing >= -1e-9

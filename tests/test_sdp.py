@@ -58,9 +58,7 @@ def test_scs_reaches_the_same_optimum() -> None:
 def test_margins_are_the_worst_case_by_brute_force(coefficients: tuple[float, float, float]) -> None:
     """The sign of the off-diagonal block: with the wrong one, w falls below the sampled minimum by far."""
     features, labels = breast_cancer(14, 2)
-    program, variables = build(
-        features, labels, num_classes=2, radius=0.8, reg=0.01, coefficients=coefficients
-    )
+    program, variables = build(features, labels, num_classes=2, radius=0.8, reg=0.01, coefficients=coefficients)
     program.solve(solver="CLARABEL", canon_backend="SCIPY")
     a, b, c = coefficients
     D = variables.positive[0].value - variables.negative[0].value

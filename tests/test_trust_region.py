@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convex_head.adversary.trust_region import minimise_over_ball, minimise_over_sphere
+from convex_head.adversary.trust_region import minimise_blurred, minimise_over_ball, minimise_over_sphere
 
 CASES = {
     "interior": ([1.0, 2.0, 5.0], [0.3, -0.2, 0.1], 1.0),
@@ -191,3 +191,36 @@ def test_rotations_do_not_matter(coefficients: tuple, radius: float, seed: int) 
     again = solve(turned.tolist(), (basis.T @ rotation @ gradient).tolist(), radius)
     allowed = 1e-11 * scale_of(eigenvalues, gradient, radius)
     assert again.value.item() == pytest.approx(solve(*coefficients, radius).value.item(), abs=allowed, rel=0)
+
+
+@pytest.mark.parametrize(("k", "dimension"), [(1, 1), (3, 3), (3, 7)])
+@pytest.mark.parametrize("blur", [1e-3, 0.3])
+def test_blur_is_a_mixture_of_points_of_the_ball_just_below_the_minimum(k: int, dimension: int, blur: float) -> None:
+    generator = torch.Generator().manual_seed(k)
+    eigenvalues = torch.randn(4, k, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(4, 5, k, generator=generator, dtype=torch.float64)
+    gradient[:, 0] = 0.0  # the hard case where an eigenvalue is negative
+    radius = 0.7
+    exact = minimise_over_ball(eigenvalues, gradient, radius)
+    blurred = minimise_blurred(eigenvalues, gradient, radius, blur, dimension)
+    bias = exact.value - blurred.value
+    assert (bias >= -1e-12).all() and (bias <= blur * radius * dimension**0.5 + 1e-12).all()
+    e, spread = blurred.minimiser, blurred.spread
+    assert (e.square().sum(-1) + spread.sum(-1) <= radius**2 * (1 + 1e-12)).all()
+    # The mean over the mixture: points of the ball, hence not below the minimum, and above it by the bias at most.
+    mean = (gradient * e).sum(-1) + 0.5 * (eigenvalues.unsqueeze(-2) * (e.square() + spread)).sum(-1)
+    assert (mean >= exact.value - 1e-12).all() and (mean <= exact.value + blur * radius * dimension**0.5 + 1e-12).all()
+
+
+def test_blurred_value_is_concave_in_the_quadratic() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        hessians = [m + m.T for m in torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)]
+        gradients = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+
+        def value(hessian: torch.Tensor, gradient: torch.Tensor) -> float:
+            eigenvalues, vectors = torch.linalg.eigh(hessian)
+            return float(minimise_blurred(eigenvalues, (gradient @ vectors).unsqueeze(0), 0.8, 0.2, 5).value)
+
+        middle = value(0.5 * (hessians[0] + hessians[1]), gradients.mean(0))
+        assert middle >= 0.5 * (value(hessians[0], gradients[0]) + value(hessians[1], gradients[1])) - 1e-12

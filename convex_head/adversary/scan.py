@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convex_head.adversary.margins import Forms, PackedNetwork, Spectrum, spectrum
-from convex_head.adversary.trust_region import minimise_over_ball
+from convex_head.adversary.trust_region import minimise_blurred, minimise_over_ball
 
 _GROUP_ELEMENTS = 1 << 16
 
@@ -50,11 +50,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Step:
-    """Exact worst cases of one group: projections tau (G, B, K) of the centres and steps ehat (G, B, k)."""
+    """Worst cases of one group: projections tau (G, B, K) of the centres, steps ehat (G, B, k) and, with blur, the
+    spread (G, B, k) around them."""
 
     group_pass: GroupPass
     tau: Tensor
     ehat: Tensor
+    spread: Tensor | None
 
 
 class MarginScan:
@@ -113,28 +115,47 @@ class MarginScan:
         return (self.x[chunk] @ flat.mT).view(-1, functions, m)
 
     def passes(
-        self, packed: PackedNetwork, spec: Spectrum, radius: float, threshold: float = math.inf
+        self,
+        packed: PackedNetwork,
+        spec: Spectrum,
+        radius: float,
+        threshold: float = math.inf,
+        blur: float = 0.0,
     ) -> Iterator[tuple[slice, Tensor, Tensor, list[Step]]]:
         """Chunk by chunk: rows, projections, margins (rows, K), and the exact steps group by group.
 
-        Margins are exact where they are below ``threshold``; the others are lower bounds that are not below it.
+        Margins are exact (with blur: exactly blurred) where they are below ``threshold``; the others are lower bounds
+        that are not below it.
         """
+        slack = blur * radius * self.x.shape[1] ** 0.5
         for chunk in self.chunks:
             tau = self.project(chunk, packed)
             margins = self.lower_bounds(chunk, tau, packed, spec, radius)
-            yield chunk, tau, margins, self.solve(chunk, margins < threshold, tau, spec, radius, margins)
+            needed = margins < threshold + slack
+            yield chunk, tau, margins, self.solve(chunk, needed, tau, spec, radius, margins, blur)
 
     def solve(
-        self, chunk: slice, needed: Tensor, tau: Tensor, spec: Spectrum, radius: float, margins: Tensor
+        self,
+        chunk: slice,
+        needed: Tensor,
+        tau: Tensor,
+        spec: Spectrum,
+        radius: float,
+        margins: Tensor,
+        blur: float = 0.0,
     ) -> list[Step]:
         """Write the exact worst cases of the needed (rows, K) entries into ``margins``; return the steps."""
         steps = []
         for group in self.groups(chunk, needed, spec.nu.shape[1]):
             group_pass = GroupPass(group, spec, self.forms, self.coefficients)
             centre = group_pass.gather(tau)
-            value, ehat = group_pass.worst_case(centre, radius)
-            group_pass.store(value, margins)
-            steps.append(Step(group_pass, centre, ehat))
+            value, gradient = group_pass.quadratic(centre)
+            if blur > 0 and radius > 0:
+                best = minimise_blurred(group_pass.eigenvalues, gradient, radius, blur, self.x.shape[1])
+            else:
+                best = minimise_over_ball(group_pass.eigenvalues, gradient, radius)
+            group_pass.store(value + best.value, margins)
+            steps.append(Step(group_pass, centre, best.minimiser, best.spread))
         return steps
 
     def lower_bounds(self, chunk: slice, tau: Tensor, packed: PackedNetwork, spec: Spectrum, radius: float) -> Tensor:
@@ -249,27 +270,24 @@ class GroupPass:
         value = 0.5 * (tau * (slope + linear)).sum(-1) + self.constant
         return value, slope @ self.lift
 
-    def worst_case(self, tau: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-        """Worst-case margins (G, B) and the steps ehat (G, B, k) that reach them."""
-        value, gradient = self.quadratic(tau)
-        best = minimise_over_ball(self.eigenvalues, gradient, radius)
-        return value + best.value, best.minimiser
-
-    def backward(self, tau: Tensor, ehat: Tensor, omega: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, step: Step, omega: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of sum omega * margin at the worst points (Danskin), split by where it goes.
 
         Args:
-            tau: (G, B, K) projections of the centres.
-            ehat: (G, B, k) worst-case steps.
+            step: the worst cases of this group.
             omega: (G, B) weights, zero where padded.
 
         Returns:
             Coefficients (G, B, K) of the points x + e in d/dv_j, those of the steps alone summed over the batch in the
             eigenbasis (G, k, K), and those of v_j itself (G, K), which come from |v_j|.
         """
-        at_worst = torch.baddbmm(tau, ehat, self.lift.mT)
+        at_worst = torch.baddbmm(step.tau, step.ehat, self.lift.mT)
         signed = omega.unsqueeze(-1) * self.beta
         coefficient = signed * torch.add(self.b * self.nu, at_worst, alpha=2 * self.a)
-        tiny = torch.finfo(tau.dtype).tiny ** 0.5
+        in_basis = step.ehat.mT @ coefficient
+        if step.spread is not None:
+            weight = (omega.unsqueeze(1) @ step.spread).mT
+            in_basis += 2 * self.a * weight * (self.lift * self.beta.mT).mT
+        tiny = torch.finfo(at_worst.dtype).tiny ** 0.5
         own = self.b * (signed * at_worst).sum(1) / self.nu.squeeze(1).clamp_min(tiny) + 2 * self.c * signed.sum(1)
-        return coefficient, ehat.mT @ coefficient, own
+        return coefficient, in_basis, own

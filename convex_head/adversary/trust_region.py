@@ -14,8 +14,17 @@ it is what we return as the value: safe, and accurate to the square of the error
 
 The scalar ("secular") equation |e(mu)| = r is solved in delta = mu + lambda_min, which keeps the distance to
 the pole exact, by Newton's method on 1/|e| - 1/r started left of the root, from where it converges monotonically
-and needs no bracket. Source: J. More and D. Sorensen, "Computing a trust region step", SIAM J. Sci. Stat.
-Comput. 4 (1983), sections 3-5; A. Conn, N. Gould, P. Toint, "Trust-Region Methods" (2000), section 7.3.
+and needs no bracket (J. More and D. Sorensen, "Computing a trust region step", SIAM J. Sci. Stat. Comput. 4 (1983),
+sections 3-5; A. Conn, N. Gould, P. Toint, "Trust-Region Methods" (2000), section 7.3).
+
+*Blur.* Where the minimiser is not unique (the hard case, repeated eigenvalues) the minimum has a kink in (g, H), and
+training stalls there. It can be smoothed from below: with S a positive semidefinite slack in the second moment,
+
+    min  g'e + 1/2 e'He + 1/2 <H, S> - eps tr S^(1/2)   subject to  |e|^2 + tr S <= r^2
+
+is a minimum of functions linear in (g, H), hence concave. It lies at most eps r sqrt(d) below the minimum of (TRS), and
+its solution only replaces g_j^2 by g_j^2 + eps^2 in the sums above: S = diag(eps^2 / (lambda_j + mu)^2) in the
+eigenbasis. The pair (e, S) is a mixture of points of the ball, so bounds that it yields stay valid.
 """
 
 from __future__ import annotations
@@ -35,11 +44,13 @@ class BallMinimum(NamedTuple):
         value: (..., B) Lagrangian value, a lower bound of the minimum, equal to it up to rounding.
         multiplier: (..., B) mu, the multiplier of |e|^2 <= r^2 (times 1/2).
         minimiser: (..., B, k) e, with |e| <= r up to rounding.
+        spread: (..., B, k) diagonal of the slack S with blur, |e|^2 + sum spread <= r^2; None without.
     """
 
     value: Tensor
     multiplier: Tensor
     minimiser: Tensor
+    spread: Tensor | None = None
 
 
 def minimise_over_ball(eigenvalues: Tensor, gradient: Tensor, radius: float) -> BallMinimum:
@@ -68,6 +79,29 @@ def minimise_over_ball(eigenvalues: Tensor, gradient: Tensor, radius: float) -> 
     indefinite = (lowest < 0).unsqueeze(-1)
     minimiser = _complete(gaps, gradient, scaled.neg_(), radius, indefinite)
     return BallMinimum(value, multiplier.clamp_min(0), minimiser)
+
+
+def minimise_blurred(eigenvalues: Tensor, gradient: Tensor, radius: float, blur: float, dimension: int) -> BallMinimum:
+    """The smoothed problem of the module docstring in ``dimension`` >= k coordinates, of which k are curved.
+
+    Shapes as in :func:`minimise_over_ball`; radius and blur are > 0. The value is at most blur * radius *
+    sqrt(dimension) below the minimum over the ball.
+    """
+    magnitude = (gradient.square() + blur**2).sqrt_()
+    if dimension > gradient.shape[-1]:
+        # The flat coordinates act as one.
+        flat = blur * (dimension - gradient.shape[-1]) ** 0.5
+        magnitude = torch.cat([magnitude, magnitude.new_full((*magnitude.shape[:-1], 1), flat)], dim=-1)
+        eigenvalues = torch.cat([eigenvalues, torch.zeros_like(eigenvalues[..., :1])], dim=-1)
+    k = gradient.shape[-1]
+    lowest = eigenvalues.amin(-1)
+    gaps = eigenvalues - lowest.unsqueeze(-1)
+    delta, scaled = _secular(gaps, magnitude, radius, lowest.clamp_min(0).unsqueeze(-1))
+    multiplier = delta - lowest.unsqueeze(-1)
+    value = _lagrangian(magnitude, scaled, multiplier, radius)
+    total = scaled.square().sum(-1, keepdim=True)
+    shrink = (radius / total.clamp_min(radius**2).sqrt()) * scaled[..., :k] / magnitude[..., :k]
+    return BallMinimum(value, multiplier.clamp_min(0), -gradient * shrink, (blur * shrink).square())
 
 
 def minimise_over_sphere(eigenvalues: Tensor, gradient: Tensor, radius: float = 1.0) -> BallMinimum:

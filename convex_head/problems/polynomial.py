@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convex_head.adversary.margins import PackedNetwork
-from convex_head.adversary.scan import MarginScan
+from convex_head.adversary.margins import PackedNetwork, Spectrum
+from convex_head.adversary.scan import MarginScan, Step
 from convex_head.adversary.trust_region import minimise_over_sphere
 from convex_head.errors import StartError
 from convex_head.problems.base import Network
@@ -35,6 +35,8 @@ from convex_head.problems.losses import get_loss
 
 # A margin of 1 costs nothing under any loss here; the factor 2 below leaves room for rescaling the network.
 _SATISFIED = 1.0
+# Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
+_BLUR_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,15 @@ class PolynomialProblem:
                 points[rows, group.columns.expand_as(group.rows)[real]] += e[real]
         return self._unsort(margins), self._unsort(points)
 
-    def evaluate(self, packed: PackedNetwork, mu: float) -> Evaluation:
-        """Smoothed objective (width mu), its gradient by Danskin's theorem, and the hard objective."""
+    def blur(self, mu: float) -> float:
+        """Blur of the inner problem (adversary/trust_region.py) whose bias is at most a fixed share of mu."""
+        return _BLUR_SHARE * mu / (self.radius * self.d**0.5) if self.radius > 0 else 0.0
+
+    def evaluate(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> Evaluation:
+        """Smoothed objective (width mu), its gradient by Danskin's theorem, and the hard objective.
+
+        With blur, both are those of the blurred margins, which are smooth in the weights.
+        """
         scan, forms = self._scan, self._scan.forms
         spec = scan.spectrum(packed)
         gradient = (2 * self.reg * packed.vectors).to(self.dtype)
@@ -222,7 +231,7 @@ class PolynomialProblem:
         own = self._x.new_zeros(len(forms.plus), spec.nu.shape[1])
         smooth = hard = 0.0
         width = self.num_functions * packed.vectors.shape[1]
-        for chunk, tau, margins, steps in scan.passes(packed, spec, self.radius, _SATISFIED):
+        for chunk, tau, margins, steps in scan.passes(packed, spec, self.radius, _SATISFIED, blur):
             value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
             smooth += float(value.double().sum())
             hard += float(self._hard(margins).double().sum())
@@ -230,7 +239,7 @@ class PolynomialProblem:
             coefficients = torch.zeros_like(tau)
             for step in steps:
                 group_pass = step.group_pass
-                coefficient, in_basis, on_self = group_pass.backward(step.tau, step.ehat, group_pass.load(weights))
+                coefficient, in_basis, on_self = group_pass.backward(step, group_pass.load(weights))
                 group_pass.scatter(coefficient, coefficients)
                 cross.index_add_(0, group_pass.group.forms, in_basis)
                 own.index_add_(0, group_pass.group.forms, on_self)
@@ -253,29 +262,48 @@ class PolynomialProblem:
 
     # -- dual -----------------------------------------------------------------------------------------------
 
-    def dual_point(self, packed: PackedNetwork, mu: float) -> DualReport:
-        """Dual point from the slopes and worst-case points of the smoothed problem, and what its gap is made of."""
+    def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
+        """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
         spec = self._scan.spectrum(packed)
         point = self._zero_dual()
-        smooth = hard = 0.0
-        everything = []
-        for chunk, _, margins, steps in self._scan.passes(packed, spec, self.radius, 2 * _SATISFIED):
+        linear = hard = 0.0
+        exact = []
+        for chunk, _, margins, steps in self._scan.passes(packed, spec, self.radius, 2 * _SATISFIED, blur):
             _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            smooth += float((slopes * (1 - margins)).double().sum())
+            linear += float((slopes * (1 - margins)).double().sum())
             hard += float(self._hard(margins).double().sum())
-            everything.append(margins)
-            x = self._x[chunk]
+            if blur == 0:
+                exact.append(margins)
             for step in steps:
-                group = step.group_pass.group
                 weights = step.group_pass.load(slopes) / self.n
-                for g, form in enumerate(group.forms.tolist()):
-                    active = weights[g].nonzero().squeeze(1)
-                    if len(active):
-                        worst = x[group.rows[g, active]] + step.ehat[g, active] @ spec.basis[form].mT
-                        self._add_moments(point, form, float(group.signs[g]), weights[g, active], worst)
+                self._add_step(point, self._x[chunk], step, weights, spec)
+                if step.spread is not None:
+                    hard += blur * self.n * float((weights * step.spread.sqrt().sum(-1)).double().sum())
+        if blur > 0:
+            exact = [m for _, _, m, _ in self._scan.passes(packed, spec, self.radius, 2 * _SATISFIED)]
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        scale, primal = self._best_scale(torch.cat(everything), penalty)
-        return DualReport(point, primal, scale, (hard - smooth) / self.n)
+        scale, primal = self._best_scale(torch.cat(exact), penalty)
+        return DualReport(point, primal, scale, (hard - linear) / self.n)
+
+    def _add_step(self, point: DualPoint, x: Tensor, step: Step, weights: Tensor, spec: Spectrum) -> None:
+        """Add the moments of one group's worst cases, weighted (G, B), to a dual point."""
+        group = step.group_pass.group
+        for g, form in enumerate(group.forms.tolist()):
+            active = weights[g].nonzero().squeeze(1)
+            if len(active) == 0:
+                continue
+            basis, sign, weight = spec.basis[form], float(group.signs[g]), weights[g, active]
+            worst = x[group.rows[g, active]] + step.ehat[g, active] @ basis.mT
+            self._add_moments(point, form, sign, weight, worst)
+            if step.spread is not None:
+                spread = (basis * (weight @ step.spread[g, active])) @ basis.mT
+                self._add_curvature(point, form, sign, spread.double())
+
+    def _add_curvature(self, point: DualPoint, form: int, sign: float, second: Tensor) -> None:
+        d, forms = self.d, self._scan.forms
+        point.moments[int(forms.plus[form]), :d, :d] += sign * self.coefficients[0] * second
+        if forms.minus is not None:
+            point.moments[int(forms.minus[form]), :d, :d] -= sign * self.coefficients[0] * second
 
     def _best_scale(self, margins: Tensor, penalty: float) -> tuple[float, float]:
         """Minimise mean loss(t * margins) + t * penalty over t by golden-section search; (t, value)."""

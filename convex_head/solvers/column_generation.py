@@ -6,6 +6,9 @@ oracle for the best neuron anywhere on the sphere, and either stop - its value p
 better - or go on: with a narrower smoothing where smoothing makes the gap, with the oracle's neurons added where a
 missing neuron does. Neurons that have shrunk to nothing are dropped.
 
+The inner problem is blurred in proportion to the smoothing width (adversary/trust_region.py), because its worst-case
+points are not unique at larger radii and L-BFGS stalls on the kinks that this makes.
+
 Every outer iteration yields a rigorous bound (problems/polynomial.py) and an exact objective, after the best scaling of
 the output weights: margins are linear in them, so the scaling costs no further worst case.
 
@@ -23,15 +26,19 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
-from convex_head.problems.polynomial import OracleAnswer
+from convex_head.problems.polynomial import DualReport, OracleAnswer
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.lbfgs import minimise
 
 _FIRST_WIDTH = 0.3
-_WARM_WIDTH = 0.03
+_WARM_WIDTHS = 6
 _SHRINK = 0.3
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
+_ZERO = 1e-12
+_EQUAL = 1e-9
+_STALL_ITERATIONS = 12
+_STALL_PROGRESS = 0.02
 _FIRST_ACCURACY = 0.03
 _SMOOTHING_SHARE = 0.6
 
@@ -55,17 +62,19 @@ class ColumnGeneration(Solver):
     def _solve(self, problem: Any, run: Run) -> None:
         warm = run.start is not None and run.start.size > 0
         network = run.start if warm else problem.random_network(self.neurons, run.seed)
-        mu = _WARM_WIDTH if warm else _FIRST_WIDTH
+        mu = self._warm_width(problem, network, run) if warm else _FIRST_WIDTH
         accuracy = _FIRST_ACCURACY
+        run.extra["evaluations"] = 0
+        if not warm and self._is_zero_optimal(problem, mu, run):
+            return
         for _ in range(self.max_iterations):
-            network, converged = self._correct(problem, network, mu, accuracy, run)
-            report = problem.dual_point(problem.pack(network), mu)
-            answer = problem.oracle(report.point)
-            scaled = replace(network, weights=network.weights * report.scale)
-            run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
-            if run.finished() or mu < _NARROWEST:
-                run.stalled = not run.finished()
+            if run.finished():
                 return
+            if mu < _NARROWEST or _stalled(run):
+                run.stalled = True
+                return
+            network, converged = self._correct(problem, network, mu, accuracy, run)
+            report, answer = self._measure(problem, network, mu, run)
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
                 mu *= _SHRINK
             elif converged:
@@ -73,20 +82,56 @@ class ColumnGeneration(Solver):
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy))
 
+    def _warm_width(self, problem: Any, network: Network, run: Run) -> float:
+        """The width at which the start proves most; a start that is good enough ends the solve here."""
+        widths = [_FIRST_WIDTH * _SHRINK**k for k in range(_WARM_WIDTHS)]
+        bounds = []
+        for mu in widths:
+            _, answer = self._measure(problem, network, mu, run)
+            bounds.append(answer.dual)
+            if run.finished():
+                break
+        return widths[bounds.index(max(bounds))]
+
+    def _is_zero_optimal(self, problem: Any, mu: float, run: Run) -> bool:
+        """Report the zero network only where one pass proves it optimal.
+
+        Where it is merely within tol of the optimum, a network that tells classes apart is worth more.
+        """
+        zero = problem.zero_network()
+        report = problem.dual_point(problem.pack(zero), mu, problem.blur(mu))
+        dual = problem.oracle(report.point).dual
+        if dual < (1 - _EQUAL) * report.primal:
+            return False
+        run.report(primal=report.primal, dual=dual, network=zero, neurons=zero.size)
+        return run.finished()
+
+    def _measure(self, problem: Any, network: Network, mu: float, run: Run) -> tuple[DualReport, OracleAnswer]:
+        """Report the exact objective of the network at its best scaling, and the bound that it proves."""
+        report = problem.dual_point(problem.pack(network), mu, problem.blur(mu))
+        answer = problem.oracle(report.point)
+        scaled = replace(network, weights=network.weights * report.scale)
+        run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
+        return report, answer
+
     def _correct(self, problem: Any, network: Network, mu: float, accuracy: float, run: Run) -> tuple[Network, bool]:
         """Minimise the smoothed problem over the neurons of ``network``; also says whether to ``accuracy``."""
         reached = False
+        blur = problem.blur(mu)
         packed = problem.pack(network)
 
         def objective(vectors: Tensor) -> tuple[float, Tensor]:
-            point = problem.evaluate(PackedNetwork.of(vectors, packed.signs), mu)
+            point = problem.evaluate(PackedNetwork.of(vectors, packed.signs), mu, blur)
             return point.smoothed, point.gradient
 
         def converged(vectors: Tensor, gradient: Tensor) -> bool:
+            nonlocal reached
             scale = 2 * problem.reg
             square = vectors.square().sum(-1)
+            if float(square.sum()) < _ZERO:
+                reached = True
+                return True
             growth = -(vectors * gradient).sum(-1) / square.clamp_min(1e-30)
-            nonlocal reached
             stationary = float(gradient.norm()) <= accuracy * scale * float(square.sum().sqrt())
             reached = stationary and float(growth.amax()) <= accuracy * scale
             return reached
@@ -99,19 +144,26 @@ class ColumnGeneration(Solver):
             stop=run.out_of_time,
             metric=problem.metric(),
         )
-        run.extra["evaluations"] = run.extra.get("evaluations", 0) + evaluations
+        run.extra["evaluations"] += evaluations
         return _prune(PackedNetwork.of(vectors, packed.signs).unpack()), reached
 
     def _add(self, network: Network, answer: OracleAnswer, reg: float) -> Network:
         """Add the neurons that violate the bound, each with a small share of the network's norm."""
         function, sign = (answer.bounds > reg).nonzero(as_tuple=True)
         signs = torch.where(sign == 0, 1.0, -1.0).to(network.weights)
-        weight = _NEW_SHARE * float(network.norm) / max(1, len(sign))
+        weight = _NEW_SHARE * max(1.0, float(network.norm)) / max(1, len(sign))
         return Network(
             torch.cat([network.directions, answer.directions[function, sign]]),
             torch.cat([network.weights, weight * signs]),
             torch.cat([network.function, function]),
         )
+
+
+def _stalled(run: Run) -> bool:
+    if len(run.history) <= _STALL_ITERATIONS:
+        return False
+    before, now = run.history[-1 - _STALL_ITERATIONS].gap, run.history[-1].gap
+    return before - now < _STALL_PROGRESS * now
 
 
 def _prune(network: Network) -> Network:

@@ -21,7 +21,7 @@ one eigendecomposition and a scalar equation, and its Lagrangian value bounds it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -305,13 +305,26 @@ class PolynomialProblem:
         if forms.minus is not None:
             point.moments[int(forms.minus[form]), :d, :d] -= sign * self.coefficients[0] * second
 
-    def _best_scale(self, margins: Tensor, penalty: float) -> tuple[float, float]:
+    def fit_scale(self, network: Network, mu: float) -> Network:
+        """The network with its output weights scaled to the minimum of the smoothed objective."""
+        packed = self.pack(network)
+        passes = self._scan.passes(packed, self._scan.spectrum(packed), self.radius, 2 * _SATISFIED)
+        margins = torch.cat([m for _, _, m, _ in passes])
+        scale, _ = self._best_scale(
+            margins, self.reg * float(network.norm), lambda w: self._loss.smoothed(w, self.num_classes, mu)[0]
+        )
+        return replace(network, weights=network.weights * scale)
+
+    def _best_scale(
+        self, margins: Tensor, penalty: float, loss: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[float, float]:
         """Minimise mean loss(t * margins) + t * penalty over t by golden-section search; (t, value)."""
         golden = 0.5 * (5**0.5 - 1)
         low, high = 0.5, 2.0
+        loss = loss or self._hard
 
         def value(t: float) -> float:
-            return float(self._hard(t * margins).double().mean()) + t * penalty
+            return float(loss(t * margins).double().mean()) + t * penalty
 
         best = (value(1.0), 1.0)
         for _ in range(40):

@@ -60,13 +60,14 @@ class ColumnGeneration(Solver):
         self.inner_evaluations = inner_evaluations
 
     def _solve(self, problem: Any, run: Run) -> None:
-        warm = run.start is not None and run.start.size > 0
-        network = run.start if warm else problem.random_network(self.neurons, run.seed)
-        mu = self._warm_width(problem, network, run) if warm else _FIRST_WIDTH
-        accuracy = _FIRST_ACCURACY
         run.extra["evaluations"] = 0
-        if not warm and self._is_zero_optimal(problem, mu, run):
-            return
+        accuracy = _FIRST_ACCURACY
+        if run.start is not None and float(run.start.norm) > 0:
+            network, mu = self._resume_from(problem, run.start, run)
+        else:
+            network, mu = problem.random_network(self.neurons, run.seed), _FIRST_WIDTH
+            if self._is_zero_optimal(problem, mu, run):
+                return
         for _ in range(self.max_iterations):
             if run.finished():
                 return
@@ -82,16 +83,18 @@ class ColumnGeneration(Solver):
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy))
 
-    def _warm_width(self, problem: Any, network: Network, run: Run) -> float:
-        """The width at which the start proves most; a start that is good enough ends the solve here."""
-        widths = [_FIRST_WIDTH * _SHRINK**k for k in range(_WARM_WIDTHS)]
-        bounds = []
-        for mu in widths:
+    def _resume_from(self, problem: Any, start: Network, run: Run) -> tuple[Network, float]:
+        """The start, scaled, and the width at which it proves most; a start that is good enough ends the solve here."""
+        found: list[tuple[float, Network, float]] = []
+        for k in range(_WARM_WIDTHS):
+            mu = _FIRST_WIDTH * _SHRINK**k
+            network = problem.fit_scale(start, mu)
             _, answer = self._measure(problem, network, mu, run)
-            bounds.append(answer.dual)
+            found.append((answer.dual, network, mu))
             if run.finished():
                 break
-        return widths[bounds.index(max(bounds))]
+        _, network, mu = max(found, key=lambda candidate: candidate[0])
+        return network, mu
 
     def _is_zero_optimal(self, problem: Any, mu: float, run: Run) -> bool:
         """Report the zero network only where one pass proves it optimal.

@@ -33,6 +33,7 @@ from convex_head.baselines import channel_statistics, linear_head, preact_resnet
 from convex_head.data import Dataset, load_dataset
 from convex_head.errors import ConvergenceWarning, RecordError
 from convex_head.evaluate import evaluate
+from convex_head.examples import adversarial_examples
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
@@ -43,6 +44,7 @@ from convex_head.threat import ThreatModel
 from convex_head.workers import Listener, Report, Task, run_tasks
 
 _CUT = "fc"
+_EXAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,11 @@ def _row_task(settings: BenchSettings, row: Row, out: Path, report: Report) -> N
         model, facts = fit(settings, model, data)
         card.update(facts)
     key = row_key(settings, row)
+    points = load_dataset("digits", split="test", n=settings.n, seed=settings.seed)
     state = out / "state" / f"{row.name}-{key}.json"
     record = evaluate(
         model,
-        load_dataset("digits", split="test", n=settings.n, seed=settings.seed),
+        points,
         settings.threat,
         settings.attacks,
         batch_size=settings.n,
@@ -230,7 +233,12 @@ def _row_task(settings: BenchSettings, row: Row, out: Path, report: Report) -> N
         name=row.name,
         dataset_name="digits",
         command=f"convex-head bench --eps {settings.eps} --n-ex {settings.n} --seed {settings.seed}",
-        metadata={**card, "bench_key": key, "subset": f"{settings.n} of the test split, seed {settings.seed}"},
+        metadata={
+            **card,
+            "bench_key": key,
+            "subset": f"{settings.n} of the test split, seed {settings.seed}",
+            "examples": adversarial_examples(model, points, settings.threat, _EXAMPLES, seed=settings.seed),
+        },
     )
     record.save(record_path(out, row))
     state.unlink(missing_ok=True)

@@ -58,7 +58,9 @@ def _show(records: list[EvalRecord]) -> None:
     }
     console = results()
     if records:
-        console.print(results_table(records, "convex-head bench (control: the linear head)", controls))
+        console.print(
+            results_table(records, "convex-head bench (control: the linear head)", controls, width=console.width)
+        )
     for line in comparison_lines(records, controls):
         console.print(line, markup=False)
     for line in footnotes(records):

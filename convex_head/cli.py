@@ -186,7 +186,8 @@ def evaluate(
     if as_json:
         print(json.dumps(record.to_dict(), allow_nan=False))
     else:
-        results().print(results_table([record], "", {}))
+        console = results()
+        console.print(results_table([record], "", {}, width=console.width))
         for line in footnotes([record]):
             messages(quiet=quiet).print(line, style="dim", markup=False)
     if record.flags:

@@ -15,8 +15,8 @@ from rich.text import Text
 
 
 def results() -> Console:
-    """Where results go: stdout. A pipe has no width; 120 columns keep tables whole."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    """Where results go: stdout. A pipe has no width; 160 columns keep tables whole."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def messages(*, quiet: bool = False) -> Console:
@@ -39,10 +39,15 @@ def progress_bars(console: Console) -> Progress:
 
 
 def table(title: str, columns: list[str], *, right: frozenset[str] = frozenset()) -> Table:
-    """An empty table in the house's look; the columns in ``right`` are numbers."""
+    """An empty table in the house's look; the columns in ``right`` are numbers, which never wrap."""
     result = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     for column in columns:
-        result.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+        result.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column in right,
+            min_width=min(8, len(column)),
+        )
     return result
 
 

@@ -15,17 +15,26 @@ from convex_head.statistics import Comparison, compare
 SIGNIFICANT = 0.05
 
 
-def results_table(records: Sequence[EvalRecord], title: str, controls: dict[str, EvalRecord]) -> Table:
+_NARROW, _SLIM = 125, 92
+
+
+def results_table(
+    records: Sequence[EvalRecord], title: str, controls: dict[str, EvalRecord], *, width: int = 160
+) -> Table:
     """One line a record: clean and robust accuracy, what is left after each attack, certificate, cost.
 
     Args:
         records: in the order of the lines; a rule is drawn where the backbone's training changes.
         title: above the table.
         controls: name of a record -> the record that it is compared with.
+        width: of the terminal; where it is narrow, the columns of the single attacks stay in the records.
     """
-    attacks = list(dict.fromkeys(name for record in records for name in record.attacks))
-    numbers = ["clean %", "robust % (95 %)", *map(short_attack, attacks), "radius", "gap"]
-    numbers += ["vs control", "seconds"] if controls else ["seconds"]
+    attacks = list(dict.fromkeys(name for record in records for name in record.attacks)) if width >= _NARROW else []
+    whole = width >= _SLIM
+    numbers = ["clean %", "robust % (95 %)", *map(short_attack, attacks)]
+    numbers += ["radius", "gap"] if whole else ["gap"]
+    numbers += ["vs control"] if controls else []
+    numbers += ["seconds"] if whole else []
     labels = ["training", "head"] if all("head" in record.metadata for record in records) else ["model"]
     result = table(title, [*labels, *numbers], right=frozenset(numbers))
     for record, following in zip(records, [*records[1:], None], strict=True):
@@ -41,10 +50,10 @@ def results_table(records: Sequence[EvalRecord], title: str, controls: dict[str,
                 f" ({percent(low)}-{percent(high)})",
             ),
             *(_after(record, name) for name in attacks),
-            _number(record, "radius", "g"),
+            *([_number(record, "radius", "g")] if whole else []),
             gap_text(record),
             *([_difference(record, control)] if controls else []),
-            f"{record.seconds:.0f}",
+            *([f"{record.seconds:.0f}"] if whole else []),
             end_section=following is not None and following.metadata.get("training") != record.metadata.get("training"),
         )
     return result

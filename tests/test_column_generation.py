@@ -232,3 +232,14 @@ def test_single_precision_bulk_keeps_the_certificate() -> None:
     result = solve(problem, tol=1e-3)
     assert result.converged
     assert result.dual - 1e-5 <= OPTIMA[100, 9] <= result.primal + 1e-5
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        solve(breast_cancer(40, 5), tol=1e-1, callbacks=(lambda progress: seen.append(torch.get_num_threads()),))
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork, Spectrum
 from convex_head.adversary.scan import MarginScan, Step
-from convex_head.adversary.trust_region import minimise_over_sphere
 from convex_head.errors import StartError
 from convex_head.problems.base import Network
+from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
 from convex_head.problems.losses import get_loss
 
 # A margin of 1 costs nothing under any loss here; the factor 2 below leaves room for rescaling the network.
@@ -46,50 +46,6 @@ class Evaluation:
     smoothed: float
     hard: float
     gradient: Tensor
-
-
-@dataclass(frozen=True)
-class DualPoint:
-    """Slopes and worst-case points summed up: ``mass`` (F or 1,) and moments A (F, d+1, d+1), float64."""
-
-    mass: Tensor
-    moments: Tensor
-
-    def mix(self, other: DualPoint, share: float) -> DualPoint:
-        """(1 - share) self + share other, again a dual point because S and the balls' hulls are convex."""
-        return DualPoint(torch.lerp(self.mass, other.mass, share), torch.lerp(self.moments, other.moments, share))
-
-
-@dataclass(frozen=True)
-class DualReport:
-    """A dual point and the primal side of its gap.
-
-    Attributes:
-        point: the dual point.
-        primal: hard objective at the best scaling of the output weights (margins are linear in it).
-        scale: that scaling.
-        smoothing: mean of loss - <s, 1 - w>, the share of the gap that a narrower smoothing would close.
-    """
-
-    point: DualPoint
-    primal: float
-    scale: float
-    smoothing: float
-
-
-@dataclass(frozen=True)
-class OracleAnswer:
-    """Best neurons of each function and sign.
-
-    Attributes:
-        bounds: (F, 2) upper bounds of max_u [u;1]'A[u;1] and of max_u -[u;1]'A[u;1].
-        directions: (F, 2, d) the maximisers.
-        dual: lower bound of the optimum of (P) that follows.
-    """
-
-    bounds: Tensor
-    directions: Tensor
-    dual: float
 
 
 class PolynomialProblem:
@@ -374,22 +330,7 @@ class PolynomialProblem:
 
     def oracle(self, point: DualPoint) -> OracleAnswer:
         """Best neuron of every function and sign, and the rigorous lower bound that it proves."""
-        d = self.d
-        q = point.moments[:, :d, :d]
-        eigenvalues, vectors = torch.linalg.eigh(0.5 * (q + q.mT))
-        linear = 2 * (point.moments[:, :d, d].unsqueeze(1) @ vectors)
-        constant = point.moments[:, d, d]
-        bounds, directions = [], []
-        for sign in (1.0, -1.0):
-            # max of sign*(u'Qu + q'u + c) = -min of (-sign)(...) in the eigenbasis, where the Hessian is 2Q.
-            best = minimise_over_sphere(-sign * 2 * eigenvalues, -sign * linear)
-            bounds.append(sign * constant - best.value.squeeze(1))
-            u = (best.minimiser @ vectors.mT).squeeze(1)
-            directions.append(u / u.norm(dim=-1, keepdim=True))
-        bound = torch.stack(bounds, dim=1)
-        peak = bound.amax(1)
-        scale = (self.reg / (peak.amax() if self._scan.pairwise else peak).clamp_min(self.reg)).clamp_max(1.0)
-        return OracleAnswer(bound, torch.stack(directions, dim=1), float((scale * point.mass).sum()))
+        return oracle(point, self.reg)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

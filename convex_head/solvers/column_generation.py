@@ -26,7 +26,7 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
-from convex_head.problems.polynomial import DualReport, OracleAnswer
+from convex_head.problems.dual import DualReport, OracleAnswer
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.lbfgs import minimise
 

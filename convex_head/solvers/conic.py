@@ -25,8 +25,9 @@ import torch
 from convex_head.decomposition import network_from_moments
 from convex_head.errors import SolverError, UnknownSolverError
 from convex_head.problems.base import Network
+from convex_head.problems.dual import DualPoint
 from convex_head.problems.losses import get_loss
-from convex_head.problems.polynomial import DualPoint, PolynomialProblem
+from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.solvers.base import Run
 
 _CLARABEL_LIMIT = 2_000_000

@@ -62,7 +62,7 @@ class Plan:
     checked: int = 2
     heads: tuple[tuple[float, float], ...] = (
         *((radius, REG) for radius in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)),
-        *((0.0, reg) for reg in (3e-3, 3e-2, 1e-1, 3e-1)),
+        *((0.0, reg) for reg in (3e-3, 3e-2, 1e-1, 3e-1, 1.0)),
     )
     eps: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
     l2: tuple[float, ...] = (0.5, 1.0, 2.0)

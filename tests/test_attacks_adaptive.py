@@ -125,7 +125,7 @@ def test_feature_exact_counts_passes_through_the_backbone(spliced: tuple[Spliced
     view = ModelView(model, (1, 5, 5))
     attack = resolve_attack("feature-exact(steps=10, restarts=1)")
     result = attack.run(view, images[:1], labels[:1], ThreatModel("Linf", 1e-4), seed=0)
-    # One pass for the target, six and six with gradients; one for the rivals, eleven with gradients for each of the two;
+    # One pass for the target, six and six with gradients; one for the rivals, eleven with gradients for each of two;
     # one to measure.
     assert (result.forwards, result.backwards) == (1 + 12 + 1 + 22 + 1, 12 + 22)
 

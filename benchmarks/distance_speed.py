@@ -132,16 +132,17 @@ def draw(pyplot: Any, records: list[Record]) -> None:
     names = [f"reg {record['reg']:g}, {record['neurons']} neurons" for record in records]
     places = np.arange(len(records))
     for shift, key in ((-0.2, "distances"), (0.2, "margins")):
-        values = [record[f"{key}_per_cpu_second"] for record in records]
-        bars = pyplot.barh(places + shift, values, height=0.36, label=f"{key} a CPU second")
+        values = [record[f"{key}_per_second"] for record in records]
+        bars = pyplot.barh(places + shift, values, height=0.36, label=f"{key} a second")
         pyplot.bar_label(bars, fmt="{:,.0f}", padding=3)
     for wanted, name in ((1e5, "aim"), (2e4, "at least")):
         pyplot.axvline(wanted, color="0.4", linestyle="--", linewidth=1)
         pyplot.annotate(name, (wanted, 0.97), (3, 0), ("data", "axes fraction"), "offset points")
     pyplot.yticks(places, names)
     pyplot.xlim(0, 1.3e5)
-    pyplot.title(f"Exact certificates a thread, d = {records[0]['features']}, C = {records[0]['classes']}")
-    pyplot.legend(loc="lower right")
+    first = records[0]
+    pyplot.title(f"Exact certificates, d = {first['features']}, C = {first['classes']}, {first['threads']} thread(s)")
+    pyplot.legend(loc="upper left", bbox_to_anchor=(0.0, -0.06), ncols=2)
 
 
 def main(argv: list[str] | None = None) -> None:

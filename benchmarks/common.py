@@ -61,7 +61,14 @@ class Column:
         return "-" if value is None else self.write(value)
 
 
-def arguments(name: str, doc: str | None, argv: Sequence[str] | None = None, *, threads: int = 1) -> argparse.Namespace:
+def arguments(
+    name: str,
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    threads: int = 1,
+    extra: argparse.ArgumentParser | None = None,
+) -> argparse.Namespace:
     """Parse --quick, --out and --threads, and set torch's threads.
 
     Args:
@@ -70,20 +77,37 @@ def arguments(name: str, doc: str | None, argv: Sequence[str] | None = None, *, 
         argv: the arguments, sys.argv if None.
         threads: default of --threads. Two OpenMP threads on small tensors gain little on an idle machine, and on a
             busy one they wait for each other: 35 times slower was seen. So it is 1 where tensors are small.
+        extra: parser (add_help=False) of the arguments that only this benchmark has.
 
     Returns:
         quick (bool), out (Path), threads (int), name (str), given (the arguments that change the numbers).
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(doc or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=(doc or "").split("\n")[0], parents=[extra] if extra else []
+    )
     parser.add_argument("--quick", action="store_true", help="a small run in seconds, into runs/benchmarks/")
     parser.add_argument("--out", type=Path, help="folder for records.json, table.md and figure.png")
     parser.add_argument("--threads", type=int, default=threads, help="threads of torch (default: %(default)s)")
     options = parser.parse_args(argv)
     options.name = name
     options.given = ["--quick"] * options.quick + [f"--threads {options.threads}"] * (options.threads != threads)
+    if extra:
+        options.given += _given(extra, options)
     options.out = options.out or (_QUICK_RESULTS if options.quick else _RESULTS) / name
     torch.set_num_threads(options.threads)
     return options
+
+
+def _given(extra: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
+    """The extra arguments that were given, as typed."""
+    found = []
+    for action in extra._actions:
+        value = getattr(options, action.dest)
+        if value == action.default:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        found.append(" ".join([action.option_strings[0], *map(str, values)]))
+    return found
 
 
 def load_average() -> float:
@@ -105,18 +129,9 @@ def origin(options: argparse.Namespace) -> Record:
         "commit": provenance.commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": found,
-        "hardware": {**provenance.hardware(torch.device("cpu")), "processor": _processor()},
+        "hardware": provenance.hardware(torch.device("cpu")),
         "load_average": load_average(),
     }
-
-
-def _processor() -> str | None:
-    """Model of the processor, where the system tells."""
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return None
-    names = [line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line]
-    return names[0] if names else None
 
 
 def publish(
@@ -187,7 +202,9 @@ def figure(path: Path) -> Any:
     try:
         matplotlib = import_module("matplotlib")
     except ImportError as problem:
-        raise MissingExtraError("matplotlib is not installed; run: pip install 'convex-head[bench]'.") from problem
+        raise MissingExtraError(
+            "matplotlib is not installed; run: pip install '.[bench]' in the checkout."
+        ) from problem
     matplotlib.use("Agg")
     pyplot = import_module("matplotlib.pyplot")
     with pyplot.rc_context({**_STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):

@@ -2,6 +2,7 @@
 
 from convex_head.attacks import register_attack
 from convex_head.data import load_dataset
+from convex_head.eps_curve import evaluate_curve
 from convex_head.evaluate import evaluate
 from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_curve",
     "load_dataset",
     "register_attack",
     "replace_head",

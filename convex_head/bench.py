@@ -31,6 +31,7 @@ from torch import nn
 from convex_head import provenance
 from convex_head.baselines import channel_statistics, linear_head, preact_resnet_small, train
 from convex_head.data import Dataset, load_dataset
+from convex_head.eps_curve import evaluate_curve
 from convex_head.errors import ConvergenceWarning, RecordError
 from convex_head.evaluate import evaluate
 from convex_head.examples import adversarial_examples
@@ -53,6 +54,7 @@ class BenchSettings:
 
     Attributes:
         eps: text of the Linf radius in pixel units, as in "0.1" or "8/255".
+        eps_curve: further radii at which every row is attacked, for its curve.
         n: points of the test split, a stratified draw by ``seed``.
         seed: of the weights, the training, the subset and every attack.
         recipes: how backbones are trained; names of :data:`convex_head.baselines.RECIPES`.
@@ -66,6 +68,7 @@ class BenchSettings:
     """
 
     eps: str = "0.1"
+    eps_curve: tuple[str, ...] = ()
     n: int = 150
     seed: int = 0
     recipes: tuple[str, ...] = ("pgd_at", "sam", "standard")
@@ -84,6 +87,11 @@ class BenchSettings:
     def threat(self) -> ThreatModel:
         """The pixel threat: training, choice of radius and evaluation share it."""
         return ThreatModel("Linf", self.eps)
+
+    def command(self) -> str:
+        """The command that computes a row again."""
+        curve = f" --eps-curve {','.join(self.eps_curve)}" if self.eps_curve else ""
+        return f"convex-head bench --eps {self.eps}{curve} --n-ex {self.n} --seed {self.seed}"
 
     def quick(self) -> BenchSettings:
         """The same path in seconds: one barely trained backbone, few points, one attack."""
@@ -221,27 +229,29 @@ def _row_task(settings: BenchSettings, row: Row, out: Path, report: Report) -> N
     key = row_key(settings, row)
     points = load_dataset("digits", split="test", n=settings.n, seed=settings.seed)
     state = out / "state" / f"{row.name}-{key}.json"
-    record = evaluate(
-        model,
-        points,
-        settings.threat,
-        settings.attacks,
-        batch_size=settings.n,
-        seed=settings.seed,
-        state=state,
-        progress=lambda event: report(event.fraction, event.stage),
-        name=row.name,
-        dataset_name="digits",
-        command=f"convex-head bench --eps {settings.eps} --n-ex {settings.n} --seed {settings.seed}",
-        metadata={
+    asked: dict[str, Any] = {
+        "attacks": settings.attacks,
+        "batch_size": settings.n,
+        "seed": settings.seed,
+        "state": state,
+        "progress": lambda event: report(event.fraction, event.stage),
+        "name": row.name,
+        "dataset_name": "digits",
+        "command": settings.command(),
+        "metadata": {
             **card,
             "bench_key": key,
             "subset": f"{settings.n} of the test split, seed {settings.seed}",
             "examples": adversarial_examples(model, points, settings.threat, _EXAMPLES, seed=settings.seed),
         },
-    )
+    }
+    if settings.eps_curve:
+        record = evaluate_curve(model, points, settings.threat, settings.eps_curve, **asked)
+    else:
+        record = evaluate(model, points, settings.threat, **asked)
     record.save(record_path(out, row))
-    state.unlink(missing_ok=True)
+    for file in state.parent.glob(f"{state.name}*"):
+        file.unlink(missing_ok=True)
 
 
 def _fit_linear(settings: BenchSettings, model: nn.Module, data: Dataset) -> tuple[SplicedModel, dict[str, Any]]:

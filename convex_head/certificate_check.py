@@ -68,7 +68,7 @@ def check_certificate(
     needed = objective - enough * max(1e-12, objective)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        result = get_solver("auto").solve(
+        result = get_solver("auto", head.solvers).solve(
             problem,
             tol=enough / 100,
             max_seconds=max_seconds,

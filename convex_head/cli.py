@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convex_head.cli_common import EXIT_CODES, FAILED, DataDir, Debug, Json, Quiet, Seed, guarded
+from convex_head.cli_common import EXIT_CODES, FAILED, DataDir, Debug, EpsCurve, Json, Quiet, Seed, guarded
 from convex_head.cli_leaderboard import leaderboard
 from convex_head.console import messages, results
 
@@ -34,6 +34,7 @@ app.add_typer(leaderboard, name="leaderboard")
 def bench(
     out: Annotated[Path, typer.Option(help="Folder of records, backbones and page.")] = Path("runs/bench"),
     eps: Annotated[str, typer.Option(help="Linf radius in pixel units: 0.1, 8/255.")] = "0.1",
+    eps_curve: EpsCurve = None,
     n_ex: Annotated[int, typer.Option("--n-ex", "--n_ex", help="Points of the test split.")] = 150,
     seed: Seed = 0,
     jobs: Annotated[int, typer.Option(help="Processes; 0 takes one for each CPU core.")] = 0,
@@ -46,7 +47,7 @@ def bench(
     from convex_head.bench import BenchSettings
     from convex_head.bench_console import run_on_console
 
-    settings = BenchSettings(eps=eps, n=n_ex, seed=seed)
+    settings = BenchSettings(eps=eps, eps_curve=_radii(eps_curve), n=n_ex, seed=seed)
     settings = settings.quick() if quick else settings
     complete = run_on_console(settings, out, jobs=jobs or _cores(), as_json=as_json, quiet=quiet, debug=debug)
     if not complete:
@@ -62,21 +63,45 @@ def fit(
     radius: Annotated[float, typer.Option(help="Feature radius, in standardised units.")] = 0.5,
     reg: Annotated[float, typer.Option(help="Regularisation weight.")] = 1e-2,
     loss: Annotated[str, typer.Option(help="crammer_singer, multi_margin or one_vs_rest.")] = "crammer_singer",
-    solver: Annotated[str, typer.Option(help="auto, column_generation, sdp, cutting_set, penalty.")] = "auto",
+    activation: Annotated[str, typer.Option(help="polynomial, relu or gated_relu.")] = "polynomial",
+    patterns: Annotated[int | None, typer.Option(help="relu, gated_relu: random sign patterns.")] = None,
+    slack: Annotated[float | None, typer.Option(help="relu: weight of violated constraints; inf: hard.")] = None,
+    ball: Annotated[str, typer.Option(help="l2, or linf for relu and gated_relu.")] = "l2",
+    solver: Annotated[str, typer.Option(help="auto, or a solver of the activation.")] = "auto",
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-2,
     max_seconds: Annotated[float | None, typer.Option(help="Time limit; the honest gap is kept.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to keep progress in and to go on from.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Leave the features of a .npy on disk.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a convex robust head on features, to global optimality, and write it to a file."""
+    """Train a convex robust head on features, to global optimality, and write it to a file.
+
+    Under torchrun every process takes its share of the rows, and the first one writes the head.
+    """
     from convex_head.feature_files import read_features
     from convex_head.head import ConvexRobustHead
+    from convex_head.shards import processes
 
-    x, y = read_features(Path(data), labels)
-    head = ConvexRobustHead(x.shape[1], int(y.max()) + 1, radius=radius, reg=reg, loss=loss)
-    head.fit(x, y, solver=solver, tol=tol, max_seconds=max_seconds, seed=seed, progress=False if quiet else None)
+    settings: dict[str, Any] = {"activation": activation, "patterns": patterns, "slack": slack, "ball": ball}
+    with processes() as (rank, count):
+        x, y, classes = read_features(Path(data), labels, stream=stream, part=(rank, count))
+        head = ConvexRobustHead(x.shape[1], classes, radius=radius, reg=reg, loss=loss, **settings)
+        head.fit(
+            x,
+            y,
+            solver=solver,
+            tol=tol,
+            max_seconds=max_seconds,
+            seed=seed,
+            progress=False if quiet or rank else None,
+            checkpoint=checkpoint,
+            distributed=count > 1,
+        )
+    if rank:
+        return
     head.save(out)
     result = head.result_
     assert result is not None
@@ -108,6 +133,7 @@ def evaluate(
         str, typer.Option("--threat-model", "--threat_model", "--norm", help="Linf, L2, L1.")
     ] = "Linf",
     eps: Annotated[str, typer.Option(help="8/255, 0.031, 0.5.")] = "8/255",
+    eps_curve: EpsCurve = None,
     attack: Annotated[
         list[str] | None, typer.Option(help="Name, repeatable; settings in brackets: 'torchattacks:PGD(steps=20)'.")
     ] = None,
@@ -133,6 +159,7 @@ def evaluate(
     import warnings
 
     from convex_head.data import load_dataset
+    from convex_head.eps_curve import evaluate_curve
     from convex_head.errors import EvaluationWarning
     from convex_head.evaluate import evaluate as run_attacks
     from convex_head.examples import adversarial_examples
@@ -164,20 +191,21 @@ def evaluate(
             metadata |= {"objective": found.primal, "lower_bound": found.dual}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EvaluationWarning)  # the footnotes say it
-        record = run_attacks(
-            net,
-            points,
-            threat,
-            tuple(attack or ("autoattack",)),
-            batch_size=batch_size,
-            seed=seed,
-            state=state,
-            device=device,
-            progress=not quiet,
-            name=model if head is None else f"{model} + {head.name}",
-            dataset_name=dataset,
-            metadata=metadata,
-        )
+        settings: dict[str, Any] = {
+            "attacks": tuple(attack or ("autoattack",)),
+            "batch_size": batch_size,
+            "seed": seed,
+            "state": state,
+            "device": device,
+            "progress": not quiet,
+            "name": model if head is None else f"{model} + {head.name}",
+            "dataset_name": dataset,
+            "metadata": metadata,
+        }
+        if eps_curve is None:
+            record = run_attacks(net, points, threat, **settings)
+        else:
+            record = evaluate_curve(net, points, threat, _radii(eps_curve), **settings)
     if examples:
         pictures = adversarial_examples(net, points, threat, examples, seed=seed, batch_size=batch_size)
         record = dataclasses.replace(record, metadata={**record.metadata, "examples": pictures})
@@ -198,25 +226,26 @@ def evaluate(
 @guarded
 def report(
     records: Annotated[list[Path], typer.Argument(help="Records of 'convex-head evaluate' or 'bench'.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="report.html, or report.tex for a table.")],
-    title: Annotated[str, typer.Option(help="Heading of the HTML.")] = "Robustness evaluation",
+    out: Annotated[Path, typer.Option("--out", "-o", help="report.html, report.pdf, or report.tex for a table.")],
+    title: Annotated[str, typer.Option(help="Heading of HTML and PDF.")] = "Robustness evaluation",
     pictures: Annotated[bool, typer.Option(help="Show the adversarial examples that records carry.")] = True,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Table, curves and pictures of records for an appendix, as one HTML file, or a LaTeX table (booktabs)."""
+    """Table, curves and pictures of records for an appendix, as one HTML or PDF file, or a LaTeX table (booktabs)."""
     from convex_head.errors import InputError
     from convex_head.records import EvalRecord
-    from convex_head.report import render_latex, render_report
+    from convex_head.report import render_latex, render_report, write_pdf
 
-    if out.suffix not in (".html", ".tex"):
-        raise InputError(
-            f"--out ends in .html or .tex; found {out}. For a PDF, write .html and print it from a browser."
-        )
+    if out.suffix not in (".html", ".pdf", ".tex"):
+        raise InputError(f"--out ends in .html, .pdf or .tex; found {out}. Choose one of these.")
     loaded = [EvalRecord.load(path) for path in records]
-    text = render_latex(loaded) if out.suffix == ".tex" else render_report(loaded, title=title, pictures=pictures)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    if out.suffix == ".pdf":
+        write_pdf(loaded, out, title=title, pictures=pictures)
+    else:
+        text = render_latex(loaded) if out.suffix == ".tex" else render_report(loaded, title=title, pictures=pictures)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
     messages(quiet=quiet).print(f"wrote {out}", markup=False)
 
 
@@ -233,6 +262,11 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         results().print(findings_table(findings))
     if any(finding.state == "broken" and finding.needed for finding in findings):
         raise typer.Exit(FAILED)
+
+
+def _radii(text: str | None) -> tuple[str, ...]:
+    """ "1/255, 2/255" as ("1/255", "2/255")."""
+    return () if text is None else tuple(part.strip() for part in text.split(","))
 
 
 def _cores() -> int:

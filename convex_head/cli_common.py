@@ -28,6 +28,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+EpsCurve = Annotated[
+    str | None, typer.Option("--eps-curve", "--eps_curve", help="Further radii, for a curve: 1/255,2/255,4/255.")
+]
 DataDir = Annotated[str | None, typer.Option("--data-dir", "--data_dir", help="Folder of the dataset's files.")]
 
 

@@ -86,7 +86,7 @@ def _certificate_problem(
     record = Entry.load(folder / "entries" / f"{name.removesuffix('.json')}.json").record
     try:
         found = check_certificate(
-            record, ConvexRobustHead.load(head), *read_features(features, labels), max_seconds=max_seconds
+            record, ConvexRobustHead.load(head), *read_features(features, labels)[:2], max_seconds=max_seconds
         )
     except EntryError as error:
         return [str(error)]

@@ -264,5 +264,5 @@ def _import_extra(module: str, extra: str) -> Any:
     except ImportError as error:
         raise MissingExtraError(
             f"this dataset needs {module.partition('.')[0]}, which cannot be imported ({error}); "
-            f"pip install 'convex-head[{extra}]'"
+            f"pip install '.[{extra}]' in the checkout"
         ) from error

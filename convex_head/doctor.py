@@ -78,7 +78,7 @@ def _package(name: str, extra: str) -> Finding:
     except PackageNotFoundError:
         if not extra:
             return Finding(name, "broken", "not installed", f"pip install {name}", needed=True)
-        return Finding(name, "missing", "not installed", f"pip install 'convex-head[{extra}]'")
+        return Finding(name, "missing", "not installed", f"pip install '.[{extra}]' in the checkout")
     if name == "robustbench":
         return Finding(name, "ok", installed)
     try:

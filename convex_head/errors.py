@@ -74,6 +74,14 @@ class UnknownActivationError(InputError):
     """The activation has no implementation under that name."""
 
 
+class SettingError(InputError):
+    """A setting does not belong to this activation, or has a value that it cannot have."""
+
+
+class InfeasibleError(ConvexHeadError, ValueError):
+    """Hard constraints leave the zero network only."""
+
+
 class UnknownLossError(InputError):
     """The loss has no implementation under that name."""
 
@@ -196,6 +204,14 @@ class WeightsNotFoundError(ConvexHeadError, FileNotFoundError):
 
 class FeatureRangeError(InputError):
     """Features are so large or so small that their mean or scale is lost in the head's precision."""
+
+
+class ShardError(ConvexHeadError):
+    """Processes that fit together are not set up, or one of them was lost."""
+
+
+class SolveCheckpointError(InputError):
+    """The solver cannot keep or go on from a checkpoint."""
 
 
 class StartError(InputError):

@@ -148,7 +148,7 @@ def _import(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module.partition('.')[0]} is not installed; pip install 'convex-head[{extra}]'."
+            f"{module.partition('.')[0]} is not installed; pip install '.[{extra}]' in the checkout."
         ) from error
 
 

@@ -78,6 +78,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """Machine type, processor and device; nothing that names the machine itself."""
     found: dict[str, Any] = {
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": device.type,
@@ -85,6 +86,16 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["device_name"] = torch.cuda.get_device_name(device)
     return found
+
+
+@functools.cache
+def _processor() -> str | None:
+    """Model of the processor, where the system tells: rounding, and so what training ends in, depends on it."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return None
+    names = [line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line]
+    return names[0] if names else None
 
 
 @functools.cache

@@ -18,6 +18,9 @@ Per attack, ``attacks[name]`` holds
     settings        what the attack was, as it names itself
     stages          the same counts for each part of a composite attack such as AutoAttack
 
+``curve`` is what is right at other radii, as :mod:`convex_head.eps_curve` makes it: ascending points with "eps",
+"eps_text", "robust_correct" and "robust", one character a point. Nothing broken at an eps is right at a larger one.
+
 One character a point: ``clean`` has "1" right and "0" wrong; ``outcomes[name]`` has "1" still right under
 that attack, "0" broken by it and "-" not given to it.
 
@@ -42,6 +45,9 @@ SCHEMA = 1
 # Fields that may differ between two runs of the same evaluation.
 _CIRCUMSTANCES = ("created", "seconds", "hardware", "commit", "command", "metadata")
 _DERIVED = ("clean_accuracy", "robust_accuracy", "interval")
+# Fields that records of this schema may lack, because they were written before there was such a thing.
+_OPTIONAL = frozenset({"curve"})
+_LONGEST_CURVE = 100
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class EvalRecord:
         clean: n characters "0" or "1"; empty in records imported without per-example results.
         outcomes: attack name -> n characters "1", "0" or "-".
         labels: n class indices, for accuracies a class; empty if unknown.
+        curve: results at other radii, ascending, without the record's own; empty if there are none.
         flags: names of what makes the number doubtful; empty for an honest model.
         flag_details: flag -> one sentence with the value found.
         seed, batch_size: as given to ``evaluate``.
@@ -83,6 +90,7 @@ class EvalRecord:
     clean: str = ""
     outcomes: dict[str, str] = field(default_factory=dict)
     labels: tuple[int, ...] = ()
+    curve: tuple[dict[str, Any], ...] = ()
     flags: tuple[str, ...] = ()
     flag_details: dict[str, str] = field(default_factory=dict)
     seed: int | None = 0
@@ -151,6 +159,7 @@ class EvalRecord:
         payload["threat"] = self.threat.to_dict()
         payload["flags"] = list(self.flags)
         payload["labels"] = list(self.labels)
+        payload["curve"] = list(self.curve)
         payload["clean_accuracy"] = self.clean_accuracy
         payload["robust_accuracy"] = self.robust_accuracy
         payload["interval"] = list(self.interval)
@@ -169,20 +178,21 @@ class EvalRecord:
                 f"A record has schema {SCHEMA}; found {payload.get('schema')!r}. Evaluate the model again."
             )
         known = {item.name for item in fields(cls)}
-        missing = sorted((known | set(_DERIVED)) - set(payload))
+        missing = sorted((known | set(_DERIVED)) - _OPTIONAL - set(payload))
         unknown = sorted(set(payload) - known - set(_DERIVED))
         if missing or unknown:
             raise RecordError(
                 f"A record has exactly the fields of schema {SCHEMA}; missing {missing}, unknown {unknown}. "
                 "Evaluate the model again."
             )
-        values = {key: payload[key] for key in known}
+        values = {key: payload[key] for key in known if key in payload}
         try:
             values["threat"] = ThreatModel.from_dict(payload["threat"])
             values["flags"] = tuple(payload["flags"])
             values["labels"] = tuple(payload["labels"])
+            values["curve"] = tuple(payload.get("curve", ()))
         except (ThreatModelError, TypeError, KeyError, AttributeError) as problem:
-            raise RecordError(f"A record's threat, flags or labels cannot be read: {problem}") from problem
+            raise RecordError(f"A record's threat, flags, labels or curve cannot be read: {problem}") from problem
         record = cls(**values)
         _check_derived(record, payload)
         return record
@@ -224,6 +234,8 @@ def _check(record: EvalRecord) -> None:
         raise RecordError(f"A record has one label a point; found {len(record.labels)} for {record.n} points.")
     if record.clean or record.outcomes:
         _check_outcomes(record)
+    if record.curve:
+        _check_curve(record)
 
 
 def _check_types(record: EvalRecord) -> None:
@@ -281,6 +293,35 @@ def _check_outcomes(record: EvalRecord) -> None:
         wrong = {key: entry.get(key) for key, value in expected.items() if entry.get(key) != value}
         if wrong:
             raise RecordError(f"The counts {wrong} of {name} contradict its per-example results {expected}.")
+
+
+def _check_curve(record: EvalRecord) -> None:
+    """Ascending radii, counts of their points, and nothing right that is broken at a smaller radius."""
+    if len(record.curve) > _LONGEST_CURVE:
+        raise RecordError(f"A curve has at most {_LONGEST_CURVE} points; found {len(record.curve)}. Leave some out.")
+    points = [(record.threat.eps, record.threat.eps_text, record.robust_correct, record.robust)]
+    for item in record.curve:
+        try:
+            threat = ThreatModel(record.threat.norm, item["eps_text"])
+            marks, count = item["robust"], item["robust_correct"]
+            whole = set(item) == {"eps", "eps_text", "robust_correct", "robust"} and threat.eps == item["eps"] > 0
+            whole = whole and isinstance(marks, str) and len(marks) == record.n and not set(marks) - set("01")
+        except (ThreatModelError, KeyError, TypeError) as problem:
+            raise RecordError(f"A point of a curve cannot be read: {problem}. Evaluate the model again.") from problem
+        if not whole or type(count) is not int or marks.count("1") != count:
+            raise RecordError(
+                f"A point of a curve is eps > 0 with its text, {record.n} marks and the number of ones; the point at "
+                f"{item['eps_text']!r} is not. Evaluate the model again."
+            )
+        points.append((threat.eps, threat.eps_text, count, _mask(marks)))
+    listed = [eps for eps, *_ in points[1:]]
+    if listed != sorted(set(listed)) or record.threat.eps in listed:
+        raise RecordError("The radii of a curve ascend, without the record's own. Evaluate the model again.")
+    right = _mask(record.clean)
+    for _, text, _, robust in sorted(points, key=lambda point: point[0]):
+        if len(right) != record.n or bool((robust & ~right).any()):
+            raise RecordError(f"The curve says right at eps {text} of a point broken before. Evaluate the model again.")
+        right = robust
 
 
 def _check_derived(record: EvalRecord, payload: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def import_robustbench() -> ModuleType:
         for name in [name for name in sys.modules if name.split(".")[0] == "robustbench"]:
             del sys.modules[name]
         raise MissingExtraError(
-            f"RobustBench cannot be imported ({problem}); run: pip install 'convex-head[robustbench]'."
+            f"RobustBench cannot be imported ({problem}); run: pip install '.[robustbench]' in the checkout."
         ) from problem
     finally:
         # RobustBench holds what it needs; other packages must not find half a pkg_resources.

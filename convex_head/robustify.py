@@ -10,17 +10,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from convex_head.baselines.pgd import pgd_accuracy
 from convex_head.data import as_pair
+from convex_head.displacement import attacked_images, displacement_map
 from convex_head.errors import ConvergenceWarning, InputError, RadiusError
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
-from convex_head.problems.base import Network
 from convex_head.splice import SplicedModel, replace_head
 from convex_head.threat import ThreatModel
 from convex_head.validation import check_radius, check_reg
@@ -28,6 +28,8 @@ from convex_head.validation import check_radius, check_reg
 RADII = (0.25, 0.5, 1.0, 2.0)
 REGS = (0.1, 0.03)
 _LOOSE = 5.0
+# Images whose displacements make the ellipsoid.
+_WHITEN_FROM = 2000
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Candidate:
         radius, reg: its settings.
         clean, robust: accuracy on the validation images, without attack and under the validation attack.
         gap: its relative duality gap.
+        round: adversarial rounds before it; 0 is a fit on clean features.
     """
 
     radius: float
@@ -45,6 +48,7 @@ class Candidate:
     clean: float
     robust: float
     gap: float
+    round: int = 0
 
 
 def robustify(
@@ -62,6 +66,8 @@ def robustify(
     max_seconds: float | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    standardise: str = "scale",
+    rounds: int = 0,
     cache_dir: Any = None,
     progress: Callable[[str], Any] | None = None,
     **head_settings: Any,
@@ -80,6 +86,11 @@ def robustify(
         max_seconds: limit of one fit.
         batch_size: for feature extraction.
         seed: of the split and of the fits.
+        standardise: "scale" puts every feature to deviation 1, so that the ball is the head's own. "whiten" puts a
+            linear map in front of the head in which the features' displacements under attack have no preferred
+            direction (:mod:`convex_head.displacement`): an ellipsoid instead of a ball, still exact.
+        rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
+            what is found as further centres, refit. Validation chooses the number, 0 among them.
         cache_dir: folder of the feature cache, or None.
         progress: called with one line of text a step.
         **head_settings: passed to :class:`~convex_head.head.ConvexRobustHead` (loss, coefficients, ...).
@@ -89,50 +100,87 @@ def robustify(
 
     Raises:
         RadiusError, RegularisationError: a candidate is not admissible.
-        InputError: ``validation_share`` is not inside (0, 1), or leaves no example on a side.
+        InputError: ``validation_share`` is not inside (0, 1), or leaves no example on a side; ``standardise`` is no
+            name above; ``rounds`` is negative.
     """
+    if standardise not in ("scale", "whiten"):
+        raise InputError(f"standardise must be 'scale' or 'whiten'; found {standardise!r}.")
+    if rounds < 0:
+        raise InputError(f"rounds must be at least 0; found {rounds}. 0 fits on clean features.")
     say = progress or (lambda line: None)
     images, labels = as_pair(train_data)
     num_classes = int(labels.max()) + 1
     path_radii = _candidates("radius", radius, radii)
     path_regs = _candidates("reg", reg, regs)
     say("extracting features")
-    probe = replace_head(backbone, nn.Identity(), at=at, example_input=images[:2])
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    features = extract_features(probe.backbone, images, batch_size=batch_size, cache_dir=cache_dir).to(device)
+    labels = labels.to(device)
+    mapping: nn.Module | None = None
 
-    def fit(r: float, b: float, rows: Tensor, aim: float, start: Network | None) -> ConvexRobustHead:
+    def splice(head: nn.Module) -> SplicedModel:
+        model = replace_head(backbone, head, at=at, example_input=images[:2])
+        if mapping is not None:
+            model.backbone = cast(Any, nn.Sequential(model.backbone, mapping))
+        return model
+
+    if standardise == "whiten":
+        few = slice(_WHITEN_FROM)
+        mapping = displacement_map(backbone, splice(nn.Identity()).backbone, images[few], labels[few], threat)
+        head_settings = {"standardize": False, **head_settings}
+    probe = splice(nn.Identity()).backbone
+    features = extract_features(probe, images, batch_size=batch_size, cache_dir=cache_dir).to(device)
+
+    def fit(r: float, b: float, rows: Tensor, aim: float, start: Any, more: Sequence[Any] = ()) -> ConvexRobustHead:
         head = ConvexRobustHead(features.shape[1], num_classes, radius=r, reg=b, **head_settings).to(device)
-        return head.fit(
-            features[rows], labels[rows], tol=aim, max_seconds=max_seconds, progress=False, seed=seed, start=start
-        )
+        x = torch.cat([features[rows], *more])
+        y = labels[rows].repeat(1 + len(more))
+        return head.fit(x, y, tol=aim, max_seconds=max_seconds, progress=False, seed=seed, start=start)
+
+    def validated(head: ConvexRobustHead, number: int) -> Candidate:
+        clean, robust = pgd_accuracy(splice(head), images[held_out].to(device), labels[held_out], threat)
+        assert head.result_ is not None
+        after = f", round {number}" if number else ""
+        say(f"radius {head.radius:g}, reg {head.reg:g}{after}: validation clean {clean:.3f}, robust {robust:.3f}")
+        return Candidate(head.radius, head.reg, clean, robust, head.result_.gap, number)
+
+    def adversarial(head: ConvexRobustHead, rows: Tensor) -> Tensor:
+        found = attacked_images(splice(head), images[rows], labels[rows], threat, batch_size)
+        return extract_features(probe, found, batch_size=batch_size).to(device)
+
+    def best_of(path: Sequence[Candidate]) -> int:
+        return max(range(len(path)), key=lambda i: (path[i].robust, path[i].clean))
 
     everything = torch.arange(len(labels))
-    start, path = None, []
+    start, path, chosen_rounds = None, [], rounds
+    chosen_radius, chosen_reg = path_radii[0], path_regs[0]
     if len(path_radii) * len(path_regs) > 1:
         rest, held_out = _split(len(labels), validation_share, seed)
         heads = []
-        for b in path_regs:
-            start = None
-            for r in path_radii:
-                with warnings.catch_warnings():
-                    # Candidates may stop early; their gap stands in the path.
-                    warnings.simplefilter("ignore", ConvergenceWarning)
+        with warnings.catch_warnings():
+            # Candidates may stop early; their gap stands in the path.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for b in path_regs:
+                start = None
+                for r in path_radii:
                     head = fit(r, b, rest, _LOOSE * tol, start)
-                start = head.network()
-                model = replace_head(backbone, head, at=at, example_input=images[:2])
-                clean, robust = pgd_accuracy(model, images[held_out].to(device), labels[held_out].to(device), threat)
-                assert head.result_ is not None
-                path.append(Candidate(r, b, clean, robust, head.result_.gap))
+                    start = head.network()
+                    path.append(validated(head, 0))
+                    heads.append(head)
+            best = best_of(path)
+            chosen_radius, chosen_reg, head, more = path[best].radius, path[best].reg, heads[best], []
+            for number in range(1, rounds + 1):
+                more.append(adversarial(head, rest))
+                head = fit(chosen_radius, chosen_reg, rest, _LOOSE * tol, head.network(), more)
+                path.append(validated(head, number))
                 heads.append(head)
-                say(f"radius {r:g}, reg {b:g}: validation clean {clean:.3f}, robust {robust:.3f}")
-        best = max(range(len(path)), key=lambda i: (path[i].robust, path[i].clean))
-        chosen_radius, chosen_reg, start = path[best].radius, path[best].reg, heads[best].network()
-    else:
-        chosen_radius, chosen_reg = path_radii[0], path_regs[0]
+        best = best_of(path)
+        start, chosen_rounds = heads[best].network(), path[best].round
     say(f"fitting radius {chosen_radius:g}, reg {chosen_reg:g} on all {len(labels)} examples")
-    head = fit(chosen_radius, chosen_reg, everything, tol, start)
-    model = replace_head(backbone, head, at=at, example_input=images[:2])
+    head, more = fit(chosen_radius, chosen_reg, everything, tol, start), []
+    for _ in range(chosen_rounds):
+        more.append(adversarial(head, everything))
+        head = fit(chosen_radius, chosen_reg, everything, tol, head.network(), more)
+    model = splice(head)
     model.path_ = tuple(path)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,14 @@ from convex_head.errors import (
     NonFiniteFeaturesError,
     RadiusError,
     RegularisationError,
+    SettingError,
     SingleClassError,
 )
+from convex_head.rows import give_back, is_mapped
+from convex_head.shards import Whole
+
+# Rows checked together, so that features on disk need not fit into memory.
+_ROWS = 65536
 
 
 def check_features(features: Any, width: int | None = None) -> Tensor:
@@ -54,7 +61,10 @@ def check_features(features: Any, width: int | None = None) -> Tensor:
     tensor = tensor.detach()
     if not tensor.is_floating_point():
         tensor = tensor.double()
-    finite = torch.isfinite(tensor).all(dim=1)
+    finite = torch.empty(len(tensor), dtype=torch.bool, device=tensor.device)
+    for start in range(0, len(tensor), _ROWS):
+        finite[start : start + _ROWS] = torch.isfinite(tensor[start : start + _ROWS]).all(dim=1)
+        give_back(features)
     if not bool(finite.all()):
         bad = (~finite).nonzero().squeeze(1)
         raise NonFiniteFeaturesError(
@@ -64,14 +74,14 @@ def check_features(features: Any, width: int | None = None) -> Tensor:
     return tensor
 
 
-def check_labels(labels: Any, n: int, num_classes: int, *, training: bool = False) -> Tensor:
+def check_labels(labels: Any, n: int, num_classes: int, *, training: Whole | None = None) -> Tensor:
     """Return labels as an (n,) int64 tensor in 0..num_classes-1.
 
     Raises:
         LabelTypeError: not integers.
         LabelShapeError: not one label an example.
         LabelRangeError: outside 0..num_classes-1.
-        SingleClassError: ``training`` and only one class occurs.
+        SingleClassError: ``training`` is given and only one class occurs in all of its shards.
     """
     tensor = _as_tensor(labels, "labels", LabelTypeError)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -87,8 +97,15 @@ def check_labels(labels: Any, n: int, num_classes: int, *, training: bool = Fals
         raise LabelRangeError(
             f"labels must lie in 0..{num_classes - 1}; found {low}..{high}. Renumber the classes or raise num_classes."
         )
-    if training and low == high:
-        raise SingleClassError(f"training needs at least two classes; found only label {low}. Add examples of another.")
+    if training is not None:
+        present = torch.zeros(num_classes, device=tensor.device)
+        present[tensor.unique()] = 1
+        training.max(present)
+        if present.sum() < 2:
+            only = int(present.argmax())
+            raise SingleClassError(
+                f"training needs at least two classes; found only label {only}. Add examples of another."
+            )
     return tensor
 
 
@@ -121,6 +138,33 @@ def check_coefficients(coefficients: Any) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
+def check_patterns(patterns: Any) -> int | None:
+    """Return a number of sampled sign patterns, or None; SettingError unless it is an integer >= 1."""
+    if patterns is None:
+        return None
+    if not isinstance(patterns, (int, np.integer)) or isinstance(patterns, bool) or patterns < 1:
+        raise SettingError(
+            f"patterns must be an integer >= 1; found {patterns!r}. Use for example patterns=50, or leave it out."
+        )
+    return int(patterns)
+
+
+def check_slack(slack: Any) -> float:
+    """Return the weight of violated constraints; SettingError unless it is positive (inf: hard constraints)."""
+    if not _is_number(slack) or not slack > 0:
+        raise SettingError(
+            f"slack must be a number > 0, or inf for hard constraints; found {slack!r}. Use for example slack=1."
+        )
+    return float(slack)
+
+
+def check_flips(flips: Any) -> str:
+    """Return "cover" or "ignore"; SettingError for anything else."""
+    if flips not in ("cover", "ignore"):
+        raise SettingError(f"flips must be 'cover' or 'ignore'; found {flips!r}. 'cover' is the certified one.")
+    return str(flips)
+
+
 def check_num_classes(num_classes: Any) -> int:
     """Return a number of classes; ClassCountError unless it is an integer >= 2."""
     if not isinstance(num_classes, (int, np.integer)) or isinstance(num_classes, bool) or num_classes < 2:
@@ -145,8 +189,11 @@ def _as_tensor(values: Any, name: str, error: type[Exception]) -> Tensor:
     try:
         array = np.asarray(values)
         # torch takes neither reversed arrays nor foreign byte orders, and warns of read-only memory: copy these.
-        if not (array.dtype.isnative and array.flags.writeable and min(array.strides, default=0) >= 0):
+        usable = array.flags.writeable or is_mapped(values)
+        if not (array.dtype.isnative and usable and min(array.strides, default=0) >= 0):
             array = array.astype(array.dtype.newbyteorder("="), order="C")
-        return torch.as_tensor(array)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as fault:
         raise error(f"{name} must be an array of numbers; found {type(values).__name__} ({fault}).") from fault

@@ -22,6 +22,7 @@ from convex_head.baselines import (
     linear_head,
     preact_resnet18,
     preact_resnet_small,
+    preact_resnet_tiny,
     train,
 )
 from convex_head.baselines.modes import evaluation_mode, set_training_mode
@@ -328,6 +329,17 @@ def test_preact_resnet_shapes_and_cut_points():
         PreActResNet((1, 1), (8,))
     with pytest.raises(errors.InputError, match="positive std"):
         PreActResNet((1,), (8,), std=(0.0,))
+
+
+def test_patch_stem_is_a_strided_convolution():
+    model = preact_resnet_tiny(10).eval()
+    images = torch.rand(3, 1, 28, 28)
+    weight = model.stem[1].weight.view(16, 1, 4, 4)
+    torch.testing.assert_close(model.stem(images), F.conv2d(images, weight, stride=4))
+    assert model(images).shape == (3, 10) and model.fc.in_features == 32
+    assert sum(p.numel() for p in model.parameters()) < 20_000
+    with pytest.raises(errors.InputError, match="patch"):
+        PreActResNet((1,), (8,), patch=0)
 
 
 def test_preact_resnet_normalises_inside():

@@ -9,13 +9,35 @@ from pathlib import Path
 import pytest
 import torch
 
+from convex_head.data import load_dataset
+from convex_head.errors import DatasetNotFoundError
+from convex_head.records import EvalRecord
+from convex_head.threat import ThreatModel
+
 ROOT = Path(__file__).parent.parent
-PUBLISHED = ("breast_cancer", "solvers_breast_cancer", "distance_speed", "forward_overhead")
+PUBLISHED = (
+    "breast_cancer",
+    "solvers_breast_cancer",
+    "distance_speed",
+    "forward_overhead",
+    "scale",
+    "coefficients",
+    "layerwise",
+    "fashion_mnist",
+    "relu_patterns",
+)
+
+FASHION = ("coefficients", "layerwise", "fashion_mnist", "transfer", "relu_patterns")
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("pyautoattack")
 pytest.importorskip("torchattacks")
+
+try:
+    HAS_FASHION = len(load_dataset("fashion_mnist", n=1)) == 1
+except DatasetNotFoundError:
+    HAS_FASHION = False
 
 
 def run(name, *arguments):
@@ -41,7 +63,9 @@ def published(tmp_path_factory):
     def records_of(name):
         if name not in cache:
             out = tmp_path_factory.mktemp(name)
-            run(name, "--threads", "1", "--out", str(out))
+            if name in FASHION and not HAS_FASHION:
+                pytest.skip("Fashion-MNIST is not on this machine")
+            run(name, "--threads", "1", "--out", str(out), *(["--folder", str(out)] if name == "fashion_mnist" else []))
             cache[name] = out
         return cache[name]
 
@@ -89,6 +113,90 @@ def test_distances_agree_with_scipy(published):
     (record,) = records(published("distance_speed"))
     assert record["disagreement"] < 1e-5 and record["checked"] >= 5
     assert record["distances_per_second"] > 0
+
+
+def test_fashion_mnist_keeps_finished_cells(published):
+    folder = published("fashion_mnist")
+    first = records(folder)
+    assert {row["head"] for row in first} == {"own", "mlp_at", "convex"}
+    for row in first:
+        assert 0 <= row["robust"] <= row["clean"] and row["low"] <= row["robust"] <= row["high"]
+    by = {row["head"]: row for row in first}
+    assert by["mlp_at"]["backwards_fit"] > 0 and by["convex"]["backwards_fit"] == 0
+    run("fashion_mnist", "--folder", str(folder), "--out", str(folder))
+    assert records(folder) == first
+
+
+def test_bounds_of_gated_heads_keep_their_order(published):
+    found = [row for row in records(published("relu_patterns")) if "clean" in row]
+    assert {row["kind"] for row in found} == {"polynomial", "relu", "gated, cover", "gated, ignore"}
+    for row in found:
+        assert row["certified"] <= row["attacked"] <= row["clean"]
+
+
+def test_layers_and_polynomials_are_certified(published):
+    for name in ("layerwise", "coefficients"):
+        for row in records(published(name)):
+            assert 0 <= row["gap"] < 0.15 and row["neurons"] > 0
+    sweep = records(published("coefficients"))
+    for row in sweep:
+        assert row["exact_1"] <= row["exact_0.5"] <= row["test_clean"]
+    five = next(row for row in sweep if row["name"] == "ReLU on [-5, 5]")
+    assert (five["a"], five["b"], five["c"]) == pytest.approx((0.09375, 0.5, 0.46875))
+
+
+def test_least_squares_coefficients(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.coefficients import fit_on_interval, fit_to
+
+    assert fit_to(torch.linspace(-3, 3, 20001)) == pytest.approx(fit_on_interval(3.0), abs=1e-3)
+
+
+def test_suite_pairs_and_averages_over_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.fashion_mnist_report import rows_of
+
+    rows = rows_of(
+        [
+            made(head, seed, marks)
+            for head, seed, marks in (
+                ("own", 0, "11110000"),
+                ("own", 1, "11000000"),
+                ("convex", 0, "11111100"),
+                ("convex", 1, "11110000"),
+            )
+        ]
+    )
+    by = {row["head"]: row for row in rows}
+    assert by["convex"]["robust"] == pytest.approx(5 / 8) and by["convex"]["seeds"] == 2
+    assert by["convex"]["own"]["difference"] == pytest.approx(0.25) and by["convex"]["own"]["p"] == 0.5
+    assert by["own"]["own"] is None
+
+
+def made(head, seed, marks):
+    """A record of eight points with these robust outcomes."""
+    right = marks.count("1")
+    counts = {"attempted": 8, "broken": 8 - right, "robust_correct": right}
+    cell = {"arch": "tiny", "backbone": "sam", "seed": seed, "head": head, "norm": "Linf", "eps": "8/255"}
+    cost = {"seconds": 1.0, "forwards": 1, "backwards": 0}
+    return EvalRecord(
+        name=head,
+        model={"fingerprint": head},
+        dataset={"name": "fashion_mnist", "fingerprint": "same"},
+        threat=ThreatModel("Linf", "8/255"),
+        n=8,
+        clean_correct=8,
+        robust_correct=right,
+        attacks={"autoattack": counts},
+        clean="1" * 8,
+        outcomes={"autoattack": marks},
+        metadata={
+            "cell": {**cell, "attacks": "autoattack"},
+            "train_eps": "8/255",
+            "load_average": 0.0,
+            "backbone_card": {**cost, "recipe": {}},
+        },
+    )
 
 
 def test_published_results_are_complete():

@@ -186,7 +186,7 @@ def test_doctor_names_the_extra_of_a_missing_package(monkeypatch):
 
     monkeypatch.setattr("convex_head.doctor.version", without_timm)
     (finding,) = [finding for finding in examine() if finding.subject == "timm"]
-    assert finding.state == "missing" and "convex-head[vision]" in finding.remedy
+    assert finding.state == "missing" and ".[vision]" in finding.remedy
 
 
 def test_checkpoints_hold_weights_only(tmp_path):

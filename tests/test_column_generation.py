@@ -133,6 +133,18 @@ def test_warm_start_costs_less_and_ends_the_same() -> None:
     assert empty.converged
 
 
+def test_large_data_start_on_samples_and_keep_an_honest_gap_when_time_is_short() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12_000, 4, generator=generator, dtype=torch.float64)
+    y = (x[:, 0] + 0.5 * torch.randn(12_000, generator=generator, dtype=torch.float64) > 0).long()
+    problem = PolynomialProblem(x, y, num_classes=2, radius=0.3, reg=0.02)
+    with pytest.warns(ConvergenceWarning, match="max_time"):
+        short = solve(problem, tol=1e-9, max_seconds=0.01)
+    assert short.primal == pytest.approx(problem.objective(short.network)) and 0 <= short.dual <= short.primal
+    whole = solve(problem, tol=1e-2)
+    assert whole.converged and short.dual <= whole.primal and whole.dual <= short.primal
+
+
 def test_time_limit_is_kept_with_an_honest_gap() -> None:
     problem = breast_cancer(200, 20)
     began = time.perf_counter()

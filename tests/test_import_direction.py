@@ -17,6 +17,7 @@ FORBIDDEN = {
     "solvers": ("head", "splice", "attacks", "evaluate", "report", "baselines"),
     "attacks": ("head", "splice", "problems", "solvers", "adversary", "baselines"),
     "evaluate": ("head", "splice", "problems", "solvers", "adversary", "baselines"),
+    "eps_curve": ("head", "splice", "problems", "solvers", "adversary", "baselines"),
     "evaluation_run": ("head", "splice", "problems", "solvers", "adversary", "baselines"),
     "records": ("head", "splice", "problems", "solvers", "adversary", "attacks", "baselines"),
     "report": ("head", "splice", "problems", "solvers", "adversary", "attacks", "baselines", "evaluate", "data"),
@@ -95,3 +96,19 @@ def test_report_imports_in_a_process_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_report_knows_only_records():
+    """No module of the report imports torch, or anything of this package that does."""
+    allowed = {"records", "report", "statistics", "errors", "json_files", "threat", "console"}
+    for path in (ROOT / "report").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                root, _, rest = name.partition(".")
+                assert root != "torch", path
+                assert root != "convex_head" or rest.split(".")[0] in allowed, (path, name)

@@ -276,12 +276,14 @@ def test_evaluate_stores_examples_and_the_page_shows_them(tmp_path, monkeypatch)
     run("leaderboard", "add", out, "--dir", board, "--quiet")
     page = (board / "index.html").read_text()
     assert page.count("<img ") == 4 and "for illustration only" in page
-    for suffix, there in (("html", "<img "), ("tex", "\\toprule")):
+    for suffix, there in (("html", b"<img "), ("tex", b"\\toprule"), ("pdf", b"/Subtype /Image")):
         run("report", out, "--out", tmp_path / f"report.{suffix}", "--quiet")
-        assert there in (tmp_path / f"report.{suffix}").read_text()
+        assert there in (tmp_path / f"report.{suffix}").read_bytes()
     run("report", out, "--out", tmp_path / "bare.html", "--no-pictures", "--quiet")
     assert "<img " not in (tmp_path / "bare.html").read_text()
-    assert "print it from a browser" in run("report", out, "--out", tmp_path / "r.pdf", code=2).stderr
+    run("report", out, "--out", tmp_path / "bare.pdf", "--no-pictures", "--quiet")
+    assert b"/Subtype /Image" not in (tmp_path / "bare.pdf").read_bytes()
+    assert "Choose one" in run("report", out, "--out", tmp_path / "r.docx", code=2).stderr
 
 
 def test_entries_keep_their_examples_through_the_disk(tmp_path):

@@ -120,8 +120,8 @@ def test_counts_of_an_attack_are_those_of_its_points() -> None:
         (lambda stored: stored.update(robust_accuracy=0.6), "robust_accuracy is 0.6"),
         (lambda stored: stored.update(interval=[0.0, 1.0]), "interval is"),
         (lambda stored: stored.update(interval="wide"), "interval is"),
-        (lambda stored: stored["threat"].update(eps=0.031), "threat, flags or labels"),
-        (lambda stored: stored.update(threat=None), "threat, flags or labels"),
+        (lambda stored: stored["threat"].update(eps=0.031), "threat, flags, labels or curve"),
+        (lambda stored: stored.update(threat=None), "threat, flags, labels or curve"),
         (lambda stored: stored.update(outcomes={"pgd": 1, "autoattack": 2}), "Per-example results of pgd"),
     ],
 )

@@ -1,21 +1,16 @@
 """Leaderboard entries, Markdown and page: correct numbers, hostile input, and no torch."""
 
-import ast
-import html
 import io
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_cases import HOSTILE, hostile_entry, make_record
 from rich.console import Console
 
-import convex_head.report
-from convex_head.errors import EntryError
-from convex_head.records import EvalRecord
+from convex_head.errors import EntryError, InputError
 from convex_head.report import (
     Entry,
     check_admissible,
@@ -25,47 +20,12 @@ from convex_head.report import (
     render_markdown,
     render_page,
     render_report,
+    write_pdf,
 )
 from convex_head.report.entries import ROBUSTBENCH_FIELDS, plain, slug
 from convex_head.report.pictures import is_png
 from convex_head.report.plots import curves, frontier
-from convex_head.report.terminal import comparison_lines, footnotes, gap_text, results_table
-from convex_head.statistics import mcnemar_exact, paired_interval
-from convex_head.threat import ThreatModel
-
-CHROMIUM = shutil.which("chromium")
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'`{{7*7}}|*"
-
-
-def make_record(name="m", clean="1111111110", robust="1111100000", eps="0.1", **fields) -> EvalRecord:
-    """A record whose one attack leaves ``robust`` of ``clean``; ``fields`` replace the rest."""
-    outcome = "".join(r if c == "1" else "-" for c, r in zip(clean, robust, strict=True))
-    counts = {
-        "attempted": outcome.count("0") + outcome.count("1"),
-        "broken": outcome.count("0"),
-        "skipped": 0,
-        "robust_correct": outcome.count("1"),
-        "forwards": 10,
-        "backwards": 5,
-        "seconds": 0.5,
-    }
-    values = {
-        "name": name,
-        "model": {"class": "Net", "parameters": 3, "fingerprint": name},
-        "dataset": {"name": "digits", "fingerprint": "f"},
-        "threat": ThreatModel("Linf", eps),
-        "n": len(clean),
-        "clean_correct": clean.count("1"),
-        "robust_correct": outcome.count("1"),
-        "attacks": {"autoattack": counts},
-        "clean": clean,
-        "outcomes": {"autoattack": outcome},
-        "labels": tuple(k % 2 for k in range(len(clean))),
-        "versions": {"torch": "2"},
-        "command": "convex-head bench",
-        "metadata": {"training": "sam", "head": "convex", "radius": 0.5, "gap": 1e-3, "status": "converged"},
-    }
-    return EvalRecord(**{**values, **fields})
+from convex_head.report.terminal import attack_names, comparison_lines, footnotes, gap_text, results_table
 
 
 def test_entry_has_robustbench_fields_and_survives_the_disk(tmp_path):
@@ -87,7 +47,7 @@ def test_the_published_schema_is_that_of_the_code():
     for name, kind in ROBUSTBENCH_FIELDS.items():
         assert schema["properties"][name]["type"] == kinds[kind]
     record = schema["properties"]["convex_head"]
-    assert set(record["required"]) == set(make_record().to_dict())
+    assert set(record["required"]) == set(make_record().to_dict()) - {"curve"} and "curve" in record["properties"]
     assert record["properties"]["schema"]["const"] == make_record().schema
 
 
@@ -187,17 +147,6 @@ class Page(HTMLParser):
 
     def all(self, tag):
         return [attrs for name, attrs in self.tags if name == tag]
-
-
-def hostile_entry(name=HOSTILE) -> Entry:
-    record = make_record(
-        name,
-        metadata={"training": HOSTILE, "head": HOSTILE, "radius": float("inf"), "x": "y" * 10**6, HOSTILE: 1},
-        versions={HOSTILE: HOSTILE},
-        command=HOSTILE,
-        dataset={"name": HOSTILE, "fingerprint": HOSTILE},
-    )
-    return Entry.from_record(record, link="javascript:alert(1)", authors=HOSTILE, venue=HOSTILE)
 
 
 def test_page_shows_every_entry_once_and_is_self_contained():
@@ -332,6 +281,30 @@ def test_latex_table():
     assert "\\input" not in hostile and "\\textbackslash{}input\\{/etc/passwd\\}" in hostile
 
 
+def test_pdf_has_a_page_of_table_plots_and_each_record(tmp_path):
+    path = tmp_path / "new" / "r.pdf"
+    write_pdf([make_record(eps="0.1"), make_record(eps="0.2"), make_record("b", eps="0.2")], path)
+    content = path.read_bytes()
+    assert content.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", content)) == 1 + 1 + 3
+    write_pdf([make_record(f"m{k}") for k in range(35)], path, pictures=False)
+    assert len(re.findall(rb"/Type /Page\b", path.read_bytes())) == 2 + 1 + 35
+    with pytest.raises(InputError, match="at least one"):
+        write_pdf([], path)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("case", [*ODD, "mathematics", "damaged picture"])
+def test_odd_values_do_not_break_a_pdf(case, tmp_path):
+    header = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAAB"
+    pair = {"clean": header, "adversarial": PIXEL, "label": 1, "clean_prediction": 1, "adversarial_prediction": 2}
+    more = {
+        "mathematics": {"name": "$\\frac{$ \\input{x} $^$" + HOSTILE, "command": "$" * 3000},
+        "damaged picture": {"metadata": {"examples": {"attack": HOSTILE, "images": [pair]}}},
+    }
+    write_pdf([make_record(**{"name": "odd", **{**ODD, **more}[case]})], tmp_path / "r.pdf", title="$\\frac{")
+    assert (tmp_path / "r.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_hostile_entries_stay_in_their_markdown_cell():
     lines = render_markdown([hostile_entry(), Entry.from_record(make_record("b"))]).splitlines()
     rows = [line for line in lines if re.match(r"\| \d", line)]
@@ -363,6 +336,32 @@ def test_curves_join_the_same_weights_over_eps():
     assert text.count("Accuracy against eps") == 1 and text.count("Accuracy under attack against eps") == 3
 
 
+def test_a_record_with_a_curve_is_drawn_by_itself():
+    item = {"eps": 0.05, "eps_text": "0.05", "robust_correct": 7, "robust": "1111111000"}
+    entries = [Entry.from_record(make_record(curve=(item,))), Entry.from_record(make_record("b"))]
+    (plot,) = curves(entries)
+    (line,) = plot["lines"]
+    assert [(eps, accuracy) for eps, accuracy, _, _ in line["values"]] == [("0", 0.9), ("0.05", 0.7), ("0.1", 0.5)]
+    assert render_page(entries).count("Accuracy under attack against eps") == 2
+    assert "Against eps" in render_page(entries)
+
+
+def test_columns_of_attacks_are_in_the_order_in_which_they_ran():
+    counts = {"attempted": 9, "broken": 0, "skipped": 0, "robust_correct": 9}
+    outcomes = "1" * 9 + "-"
+    first = make_record(
+        attacks={"pgd": counts, "autoattack": counts},
+        outcomes=dict.fromkeys(["pgd", "autoattack"], outcomes),
+        robust_correct=9,
+    )
+    names = ["pgd", "feature-exact", "autoattack"]
+    longer = make_record(
+        attacks=dict.fromkeys(names, counts), outcomes=dict.fromkeys(names, outcomes), robust_correct=9
+    )
+    assert attack_names([first, longer]) == names
+    assert any("pgd, feature-exact, autoattack" in line for line in footnotes([first, longer]))
+
+
 def test_terminal_table_and_comparison():
     control = make_record("control", clean="1" * 40, robust="1" * 10 + "0" * 30, metadata={"head": "linear"})
     better = make_record("better", clean="1" * 40, robust="1" * 20 + "0" * 20)
@@ -389,128 +388,3 @@ def test_terminal_table_and_comparison():
 )
 def test_gap_text_says_when_the_solver_did_not_converge(metadata, expected):
     assert gap_text(make_record(metadata=metadata)) == expected
-
-
-def test_report_knows_only_records():
-    """No module of the report imports torch, or anything of this package that does."""
-    allowed = {"records", "report", "statistics", "errors", "json_files", "threat", "console"}
-    for path in Path(convex_head.report.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            for name in names:
-                root, _, rest = name.partition(".")
-                assert root != "torch", path
-                assert root != "convex_head" or rest.split(".")[0] in allowed, (path, name)
-
-
-def chromium(page: Path, tmp_path: Path, script: str) -> dict:
-    """Run ``script`` in the page after its own; it puts JSON into the title, which comes back parsed."""
-    text = page.read_text()
-    # The page's policy admits its own script only: this copy drops the policy and appends the probe.
-    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-    probe = (
-        "<script>window.errors=[];addEventListener('error',e=>errors.push(e.message));</script>",
-        f"<script>{script}</script>",
-    )
-    copy = tmp_path / "probe.html"
-    copy.write_text(text.replace("<head>", "<head>" + probe[0]).replace("</body>", probe[1] + "</body>"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=2000"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    found = re.search(r'<body data-result="([^"]*)"', done.stdout)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
-
-    return json.loads(html.unescape(found[1]))
-
-
-SCRIPT = """
-const names = () => [...document.querySelectorAll('#models tbody tr:not([hidden]) a')].map(a => a.textContent);
-const click = (k) => document.querySelectorAll('#models thead button')[k].click();
-const result = {start: names()};
-click(1); result.robustDown = names(); click(1); result.robustUp = names();
-click(8); result.radius = names(); click(8); result.radiusUp = names();
-const boxes = [...document.querySelectorAll('#models input')];
-const byName = (n) => boxes.find(b => b.closest('tr').querySelector('a').textContent === n);
-byName('better').click(); byName('control').click();
-result.comparison = document.getElementById('comparison').textContent;
-byName('elsewhere').click();
-result.other = document.getElementById('comparison').textContent;
-const find = document.getElementById('find'); find.value = 'contr';
-find.dispatchEvent(new Event('input', {bubbles: true}));
-result.filtered = names(); result.count = document.getElementById('count').textContent;
-find.value = '';
-const head = document.querySelector('select[data-column=head]');
-const choose = (text) => {
-  head.selectedIndex = [...head.options].findIndex(o => o.textContent.trim() === text);
-  head.dispatchEvent(new Event('input', {bubbles: true}));
-  return names().sort();
-};
-result.heads = [choose('(none)'), choose('convex'), choose('all').length];
-const focusable = 'a[href], button, select, input, summary, [tabindex="0"]';
-result.focusable = [...document.querySelectorAll(focusable)].every(e => e.tabIndex === 0);
-result.dangling = [...document.querySelectorAll('a[href^="#"]')].filter(
-  a => !document.getElementById(decodeURIComponent(a.getAttribute('href').slice(1)))).length;
-result.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-document.getElementById('theme').click();
-result.theme = document.documentElement.dataset.theme;
-location.hash = '#entry-digits-better-linf-0-1';
-setTimeout(() => {
-  result.open = document.getElementById('entry-digits-better-linf-0-1').open;
-  result.owned = document.title;
-  result.errors = window.errors;
-  document.body.dataset.result = JSON.stringify(result);
-}, 200);
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
-def test_page_in_a_browser(tmp_path):
-    entries = [
-        Entry.from_record(make_record("control", clean="1" * 40, robust="1" * 10 + "0" * 30, metadata={})),
-        Entry.from_record(make_record("better", clean="1" * 40, robust="1" * 20 + "0" * 20)),
-        Entry.from_record(make_record("elsewhere", eps="0.2")),
-        hostile_entry(),
-    ]
-    page = tmp_path / "index.html"
-    page.write_text(render_page(entries, title="Board"))
-    result = chromium(page, tmp_path, SCRIPT)
-    assert result["errors"] == [] and result["owned"] == "Board"
-    assert result["robustDown"][-1] == "control" and result["robustUp"][0] == "control"
-    # Entries without a radius are last in both directions.
-    assert set(result["radius"][:2]) == set(result["radiusUp"][:2]) == {"better", "elsewhere"}
-    low, high = (f"{100 * bound:.1f}" for bound in paired_interval(10, 0, 40))
-    assert "better minus control: 25.0 points" in result["comparison"]
-    assert f"{low} to {high}" in result["comparison"]
-    assert f"p = {mcnemar_exact(10, 0):.4f}"[:10] in result["comparison"]
-    assert "cannot be compared" in result["other"]
-    assert result["filtered"] == ["control"] and result["count"] == "1 of 4 models"
-    assert result["heads"] == [["control"], ["better", "elsewhere"], 4]
-    assert result["focusable"] is True and result["dangling"] == 0 and result["wide"] == 0
-    assert result["theme"] in ("dark", "light") and result["open"] is True
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
-def test_the_policy_admits_the_page_script(tmp_path):
-    """Without any change to the page: its own script runs (the theme button gets its state)."""
-    page = tmp_path / "index.html"
-    page.write_text(render_page([hostile_entry()], title="Board"))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert re.search(r'<button id="theme" type="button">(Dark|Light) colours</button>', done.stdout)
-    assert "<title>Board</title>" in done.stdout
-    assert "Refused" not in done.stderr

@@ -9,6 +9,7 @@ import torch
 
 from convex_head import errors, validation
 from convex_head.errors import InputError
+from convex_head.shards import Whole
 
 GOOD = np.arange(12.0).reshape(4, 3)
 
@@ -56,7 +57,7 @@ def test_bad_features(features: Any, error: type[Exception], message: str) -> No
 @pytest.mark.parametrize(("labels", "error", "message"), BAD_LABELS)
 def test_bad_labels(labels: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        validation.check_labels(labels, 4, 3, training=True)
+        validation.check_labels(labels, 4, 3, training=Whole())
 
 
 def test_one_class_is_allowed_outside_training() -> None:
@@ -149,5 +150,5 @@ def test_good_features_of_every_kind(features: Any) -> None:
 def test_good_labels_of_every_kind(labels: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tensor = validation.check_labels(labels, 4, 3, training=True)
+        tensor = validation.check_labels(labels, 4, 3, training=Whole())
     assert tensor.dtype == torch.int64 and tensor.tolist() == [0, 1, 2, 1]

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from convex_head.problems.base import Network
 
+# Above this many forms (46 classes in pairs) factors are made when asked for, because each holds d x k numbers.
+_EAGER_FORMS = 1100
+
 
 @dataclass(frozen=True)
 class PackedNetwork:
@@ -88,6 +91,10 @@ class Forms:
         p, q = torch.triu_indices(num_classes, num_classes, offset=1, device=device)
         return Forms(p, q)
 
+    def take(self, index: Tensor) -> Forms:
+        """Some of the forms."""
+        return Forms(self.plus[index], None if self.minus is None else self.minus[index])
+
     def gather(self, per_function: Tensor) -> Tensor:
         """Stack (F, m, ...) into (T, K, ...), K = m or 2m."""
         if self.minus is None:
@@ -104,14 +111,111 @@ class Forms:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Shared factors of all forms (module docstring), in the dtype of the bulk computation."""
+    """Factors of some forms (module docstring), in the dtype of the bulk computation."""
 
-    eigenvalues: Tensor  # (T, k)
-    basis: Tensor  # (T, d, k)
-    lift: Tensor  # (T, K, k)
-    beta: Tensor  # (T, K)
-    nu: Tensor  # (T, K)
-    constant: Tensor  # (T,)
+    eigenvalues: Tensor  # (G, k)
+    basis: Tensor  # (G, d, k)
+    lift: Tensor  # (G, K, k)
+    beta: Tensor  # (G, K)
+    nu: Tensor  # (G, K)
+    constant: Tensor  # (G,)
+
+    def take(self, index: Tensor) -> Spectrum:
+        """The factors of some of the forms."""
+        parts = (self.eigenvalues, self.basis, self.lift, self.beta, self.nu, self.constant)
+        return Spectrum(*(part[index] for part in parts))
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Values and gradient norms of all functions from the projections alone, in two small products a function.
+
+    With slopes s = beta (2a tau + b nu) and V V' = L L', the gradient's norm is |V's| = |L's|.
+    """
+
+    quadratic: Tensor  # (F, m, 1)
+    linear: Tensor  # (F, m, 1)
+    constant: Tensor  # (F, 1, 1)
+    slope: Tensor  # (F, m, m)
+    offset: Tensor  # (F, 1, m)
+
+    @staticmethod
+    def build(packed: PackedNetwork, coefficients: tuple[float, float, float], dtype: torch.dtype) -> Screen:
+        """Factor the Gram matrix of every function, in float64."""
+        a, b, c = coefficients
+        vectors, beta, nu = packed.vectors.double(), packed.signs.double(), packed.nu.double()
+        eigenvalues, y = torch.linalg.eigh(vectors @ vectors.mT)
+        factor = y * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
+        parts = (
+            a * beta.unsqueeze(-1),
+            b * (beta * nu).unsqueeze(-1),
+            c * (beta * nu.square()).sum(-1)[:, None, None],
+            2 * a * beta.unsqueeze(-1) * factor,
+            b * (beta * nu).unsqueeze(-2) @ factor,
+        )
+        return Screen(*(part.to(dtype) for part in parts))
+
+    def values(self, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """f and |grad f| (rows, F) at points with projections tau (rows, F, m)."""
+        by_function = tau.transpose(0, 1)
+        value = torch.baddbmm(self.constant, by_function, self.linear).baddbmm_(
+            (tau * tau).transpose(0, 1), self.quadratic
+        )
+        norm = torch.linalg.vector_norm(torch.baddbmm(self.offset, by_function, self.slope), dim=-1)
+        return value.squeeze(-1).T, norm.T
+
+
+class Spectra:
+    """Factors of all forms of one network; where these are many, of the forms asked for when they are asked for.
+
+    Args:
+        packed: the network.
+        forms: the T forms.
+        coefficients: (a, b, c) of the activation.
+        dtype: of the bulk computation; factorisations are float64.
+    """
+
+    def __init__(
+        self, packed: PackedNetwork, forms: Forms, coefficients: tuple[float, float, float], dtype: torch.dtype
+    ):
+        self.packed, self.forms, self.coefficients, self.dtype = packed, forms, coefficients, dtype
+        self.width = packed.signs.shape[1] * (1 if forms.minus is None else 2)
+        many = len(forms.plus) > _EAGER_FORMS
+        self._all = None if many else spectrum(packed, forms, coefficients, dtype)
+        self._curvatures: tuple[Tensor, Tensor] | None = None
+        self._screen: Screen | None = None
+
+    def screen(self) -> Screen:
+        """Values and gradient norms of all functions at many points."""
+        if self._screen is None:
+            self._screen = Screen.build(self.packed, self.coefficients, self.dtype)
+        return self._screen
+
+    def take(self, index: Tensor) -> Spectrum:
+        """Factors of the forms with these indices (G,)."""
+        if self._all is not None:
+            return self._all.take(index)
+        return spectrum(self.packed, self.forms.take(index), self.coefficients, self.dtype)
+
+    def curvatures(self) -> tuple[Tensor, Tensor]:
+        """Smallest (at most 0) and largest (at least 0) eigenvalue of every form, (T,) each.
+
+        Where forms are many, bounds: the smallest of f_p - f_q is at least that of f_p minus the largest of f_q.
+        """
+        if self._curvatures is None:
+            if self._all is not None:
+                low, high = self._all.eigenvalues.amin(-1), self._all.eigenvalues.amax(-1)
+                self._curvatures = low.clamp_max(0), high.clamp_min(0)
+            else:
+                single = Forms(torch.arange(len(self.packed.signs), device=self.packed.signs.device), None)
+                own = spectrum(self.packed, single, self.coefficients, self.dtype).eigenvalues
+                low, high = own.amin(-1).clamp_max(0), own.amax(-1).clamp_min(0)
+                plus, minus = self.forms.plus, self.forms.minus
+                if minus is None:
+                    self._curvatures = low[plus], high[plus]
+                else:
+                    self._curvatures = low[plus] - high[minus], high[plus] - low[minus]
+        return self._curvatures
 
 
 def spectrum(

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convex_head.adversary.margins import Forms, PackedNetwork, Spectrum, spectrum
+from convex_head.adversary.margins import Forms, PackedNetwork, Spectra
 from convex_head.adversary.trust_region import minimise_blurred, minimise_over_ball
+from convex_head.rows import Chunk, Rows
 
 _GROUP_ELEMENTS = 1 << 16
 
@@ -63,36 +64,24 @@ class MarginScan:
     """Worst-case margins of packed networks on fixed data.
 
     Args:
-        x: (n, d) features in the dtype of the bulk computation, best sorted by label.
-        labels: (n,).
+        rows: features in the dtype of the bulk computation, and labels.
         num_classes: C.
         pairwise: margins f_y - f_k if True, y_c f_c otherwise; ignored for C = 2.
         coefficients: (a, b, c) of the activation.
-        chunk_rows: rows processed together.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        *,
-        num_classes: int,
-        pairwise: bool,
-        coefficients: tuple[float, float, float],
-        chunk_rows: int = 8192,
-    ):
-        self.x, self.labels = x, labels
+    def __init__(self, rows: Rows, *, num_classes: int, pairwise: bool, coefficients: tuple[float, float, float]):
+        self.rows = rows
         self.num_classes, self.coefficients = num_classes, coefficients
         self.pairwise = pairwise and num_classes > 2
         self.num_functions = 1 if num_classes == 2 else num_classes
         self.num_margins = 1 if num_classes == 2 else num_classes - int(self.pairwise)
-        self.forms = Forms.build(num_classes, self.pairwise, x.device)
-        self.chunks = [slice(s, min(s + chunk_rows, x.shape[0])) for s in range(0, x.shape[0], chunk_rows)]
+        self.forms = Forms.build(num_classes, self.pairwise, rows.device)
         self._table_form, self._table_sign, self._rival = self._tables()
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Form, sign and opposing function of every (column, label); (K, C) each."""
-        device, classes = self.x.device, self.num_classes
+        device, classes = self.rows.device, self.num_classes
         label = torch.arange(classes, device=device)
         column = torch.arange(self.num_margins, device=device).unsqueeze(1)
         if not self.pairwise:
@@ -104,79 +93,69 @@ class MarginScan:
         form = low * classes - low * (low + 1) // 2 + high - low - 1
         return form, torch.where(label < rival, 1.0, -1.0), rival
 
-    def spectrum(self, packed: PackedNetwork) -> Spectrum:
-        """Shared factors of all forms, in the bulk dtype."""
-        return spectrum(packed, self.forms, self.coefficients, self.x.dtype)
+    def spectra(self, packed: PackedNetwork) -> Spectra:
+        """Factors of the forms of a network, in the bulk dtype."""
+        return Spectra(packed, self.forms, self.coefficients, self.rows.dtype)
 
-    def project(self, chunk: slice, packed: PackedNetwork) -> Tensor:
+    def project(self, chunk: Chunk, packed: PackedNetwork) -> Tensor:
         """tau = V x for the rows of a chunk; (rows, F, m)."""
         functions, m, d = packed.vectors.shape
-        flat = packed.vectors.reshape(functions * m, d).to(self.x.dtype)
-        return (self.x[chunk] @ flat.mT).view(-1, functions, m)
+        flat = packed.vectors.reshape(functions * m, d).to(self.rows.dtype)
+        return (chunk.x @ flat.mT).view(-1, functions, m)
 
     def passes(
-        self,
-        packed: PackedNetwork,
-        spec: Spectrum,
-        radius: float,
-        threshold: float = math.inf,
-        blur: float = 0.0,
-    ) -> Iterator[tuple[slice, Tensor, Tensor, list[Step]]]:
+        self, spectra: Spectra, radius: float, threshold: float = math.inf, blur: float = 0.0
+    ) -> Iterator[tuple[Chunk, Tensor, Tensor, list[Step]]]:
         """Chunk by chunk: rows, projections, margins (rows, K), and the exact steps group by group.
 
         Margins are exact (with blur: exactly blurred) where they are below ``threshold``; the others are lower bounds
         that are not below it.
         """
-        slack = blur * radius * self.x.shape[1] ** 0.5
-        for chunk in self.chunks:
-            tau = self.project(chunk, packed)
-            margins = self.lower_bounds(chunk, tau, packed, spec, radius)
+        slack = blur * radius * self.rows.d**0.5
+        for chunk in self.rows:
+            tau = self.project(chunk, spectra.packed)
+            margins = self.lower_bounds(chunk, tau, spectra, radius)
             needed = margins < threshold + slack
-            yield chunk, tau, margins, self.solve(chunk, needed, tau, spec, radius, margins, blur)
+            yield chunk, tau, margins, self.solve(chunk, needed, tau, spectra, radius, margins, blur)
 
     def solve(
         self,
-        chunk: slice,
+        chunk: Chunk,
         needed: Tensor,
         tau: Tensor,
-        spec: Spectrum,
+        spectra: Spectra,
         radius: float,
         margins: Tensor,
         blur: float = 0.0,
     ) -> list[Step]:
         """Write the exact worst cases of the needed (rows, K) entries into ``margins``; return the steps."""
         steps = []
-        for group in self.groups(chunk, needed, spec.nu.shape[1]):
-            group_pass = GroupPass(group, spec, self.forms, self.coefficients)
+        for group in self.groups(chunk, needed, spectra.width):
+            group_pass = GroupPass(group, spectra)
             centre = group_pass.gather(tau)
             value, gradient = group_pass.quadratic(centre)
             if blur > 0 and radius > 0:
-                best = minimise_blurred(group_pass.eigenvalues, gradient, radius, blur, self.x.shape[1])
+                best = minimise_blurred(group_pass.eigenvalues, gradient, radius, blur, self.rows.d)
             else:
                 best = minimise_over_ball(group_pass.eigenvalues, gradient, radius)
             group_pass.store(value + best.value, margins)
             steps.append(Step(group_pass, centre, best.minimiser, best.spread))
         return steps
 
-    def lower_bounds(self, chunk: slice, tau: Tensor, packed: PackedNetwork, spec: Spectrum, radius: float) -> Tensor:
+    def lower_bounds(self, chunk: Chunk, tau: Tensor, spectra: Spectra, radius: float) -> Tensor:
         """Lower bounds (rows, K) of all worst-case margins of a chunk (module docstring)."""
-        margin, slope, curvature = self.centre(chunk, tau, packed, spec)
-        return margin - radius * slope + 0.5 * radius**2 * curvature.clamp_max(0)
+        margin, slope, curvature = self.centre(chunk, tau, spectra)
+        return margin - radius * slope + 0.5 * radius**2 * curvature
 
-    def centre(self, chunk: slice, tau: Tensor, packed: PackedNetwork, spec: Spectrum) -> tuple[Tensor, Tensor, Tensor]:
-        """Margins at the examples, upper bounds of their gradient norms, smallest curvatures; (rows, K) each."""
-        a, b, c = self.coefficients
-        dtype = self.x.dtype
-        beta, nu, vectors = packed.signs.to(dtype), packed.nu.to(dtype), packed.vectors.to(dtype)
-        slope = beta * torch.add(b * nu, tau, alpha=2 * a)
-        value = 0.5 * (tau * (slope + b * beta * nu)).sum(-1) + c * (beta * nu.square()).sum(-1)
-        gram = vectors @ vectors.mT
-        norm = ((slope.transpose(0, 1) @ gram).transpose(0, 1) * slope).sum(-1).clamp_min(0).sqrt()
-        labels = self.labels[chunk]
+    def centre(self, chunk: Chunk, tau: Tensor, spectra: Spectra) -> tuple[Tensor, Tensor, Tensor]:
+        """Margins at the examples, upper bounds of their gradient norms, smallest curvatures (<= 0); (rows, K) each."""
+        value, norm = spectra.screen().values(tau)
+        low, high = spectra.curvatures()
+        labels = chunk.labels
         form, sign, rival = (table[:, labels].T for table in (self._table_form, self._table_sign, self._rival))
-        curvature = torch.where(sign > 0, spec.eigenvalues.amin(-1)[form], -spec.eigenvalues.amax(-1)[form])
+        curvature = torch.where(sign > 0, low[form], -high[form])
         if not self.pairwise:
-            return sign.to(dtype) * value, norm, curvature
+            return sign.to(value.dtype) * value, norm, curvature
         label = labels.unsqueeze(1)
         return (
             value.gather(1, label) - value.gather(1, rival),
@@ -184,13 +163,13 @@ class MarginScan:
             curvature,
         )
 
-    def groups(self, chunk: slice, needed: Tensor, width: int) -> Iterator[Group]:
+    def groups(self, chunk: Chunk, needed: Tensor, width: int) -> Iterator[Group]:
         """Blocks of the needed (row, column) entries, longest first, in groups of bounded padded size."""
         classes = self.num_classes
         column, row = needed.T.nonzero(as_tuple=True)
         if len(row) == 0:
             return
-        key = column * classes + self.labels[chunk][row]
+        key = column * classes + chunk.labels[row]
         order = torch.argsort(key, stable=True)
         row = row[order]
         counts = torch.bincount(key, minlength=self.num_margins * classes)
@@ -223,16 +202,18 @@ class MarginScan:
 class GroupPass:
     """Margins of one group for one network, and what their gradient needs."""
 
-    def __init__(self, group: Group, spec: Spectrum, forms: Forms, coefficients: tuple[float, float, float]):
+    def __init__(self, group: Group, spectra: Spectra):
         self.group = group
-        self.a, self.b, self.c = coefficients
-        self.functions = [f[group.forms].unsqueeze(1) for f in (forms.plus, forms.minus) if f is not None]
+        self.a, self.b, self.c = spectra.coefficients
+        own = spectra.forms.take(group.forms)
+        self.functions = [f.unsqueeze(1) for f in (own.plus, own.minus) if f is not None]
+        spec = spectra.take(group.forms)
         sign = group.signs.to(spec.nu.dtype).unsqueeze(1)
-        self.lift = spec.lift[group.forms]
-        self.eigenvalues = spec.eigenvalues[group.forms] * sign
-        self.nu = spec.nu[group.forms].unsqueeze(1)
-        self.beta = spec.beta[group.forms].unsqueeze(1) * sign.unsqueeze(1)
-        self.constant = spec.constant[group.forms].unsqueeze(1) * sign
+        self.basis, self.lift = spec.basis, spec.lift
+        self.eigenvalues = spec.eigenvalues * sign
+        self.nu = spec.nu.unsqueeze(1)
+        self.beta = spec.beta.unsqueeze(1) * sign.unsqueeze(1)
+        self.constant = spec.constant.unsqueeze(1) * sign
 
     def gather(self, tau: Tensor) -> Tensor:
         """Projections (rows, F, m) -> (G, B, K)."""

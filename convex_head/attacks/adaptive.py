@@ -14,7 +14,7 @@ from convex_head.attacks.base import Attack
 from convex_head.attacks.registry import resolve_attack
 from convex_head.threat import ThreatModel
 
-# Attack name -> the method of the head that it uses.
+# Attack name -> the method of the head that it uses, for heads that do not say themselves by ``adaptive_attacks``.
 _NEEDS = {"feature-exact": "worst_case_features", "soft-gate": "soft_forward"}
 
 
@@ -23,10 +23,10 @@ def adaptive_attacks(model: nn.Module, threat: ThreatModel, chosen: Sequence[Att
     parts = dict(model.named_children())
     if "backbone" not in parts:
         return ()
+    head = parts.get("head")
     names = {attack.name.partition("(")[0] for attack in chosen}
-    fitting = [
-        resolve_attack(name)
-        for name, method in _NEEDS.items()
-        if name not in names and callable(getattr(parts.get("head"), method, None))
-    ]
+    wanted = getattr(head, "adaptive_attacks", None)
+    if wanted is None:
+        wanted = [name for name, method in _NEEDS.items() if callable(getattr(head, method, None))]
+    fitting = [resolve_attack(name) for name in wanted if name not in names]
     return tuple(attack for attack in fitting if threat.norm in attack.norms)

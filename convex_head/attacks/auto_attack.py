@@ -51,7 +51,7 @@ def autoattack_package() -> ModuleType:
         except ImportError:
             continue
     raise MissingExtraError(
-        "AutoAttack is not installed; run: pip install 'convex-head[bench]' (it brings pyautoattack)."
+        "AutoAttack is not installed; run: pip install '.[bench]' in the checkout (it brings pyautoattack)."
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from convex_head.attacks.view import ModelView, margins, spliced_parts
+from convex_head.errors import AttackError
 
 
 class CertifiedMargins(nn.Module):
@@ -34,7 +35,12 @@ class CertifiedMargins(nn.Module):
 
     def __init__(self, model: nn.Module, radius: float | None = None) -> None:
         super().__init__()
-        spliced_parts(ModelView(model, ()), "worst_case_features", "CertifiedMargins")
+        _, head = spliced_parts(ModelView(model, ()), "worst_case_features", "CertifiedMargins")
+        if getattr(head, "certificate", "exact") != "exact":
+            raise AttackError(
+                f"CertifiedMargins needs a head whose worst case is exact; found one with a {head.certificate}. "
+                "Use head.worst_case_margin on the features for its bound."
+            )
         self.inner, self.radius = model, radius
 
     def forward(self, images: Tensor) -> Tensor:

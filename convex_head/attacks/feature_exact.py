@@ -45,7 +45,12 @@ class FeatureExact(Attack):
 
     def stages(self, model: ModelView, num_classes: int, threat: ThreatModel) -> tuple[Attack, ...]:
         self.check_norm(threat)
-        spliced_parts(model, "worst_case_features", self.name)
+        _, head = spliced_parts(model, "worst_case_features", self.name)
+        if getattr(head, "certificate", "exact") != "exact":
+            raise AttackError(
+                f"{self.name} needs a head whose worst case is exact; found one with a {head.certificate}. "
+                "Use soft-gate and square, which join by themselves."
+            )
         return (self,)
 
     def settings(self) -> dict[str, Any]:

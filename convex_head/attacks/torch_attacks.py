@@ -58,7 +58,7 @@ def torchattacks_package() -> ModuleType:
         return importlib.import_module("torchattacks")
     except ImportError as problem:
         raise MissingExtraError(
-            "torchattacks is not installed; run: pip install 'convex-head[torchattacks]'."
+            "torchattacks is not installed; run: pip install '.[torchattacks]' in the checkout."
         ) from problem
 
 

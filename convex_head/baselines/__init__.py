@@ -5,7 +5,7 @@ A new recipe is one file with a subclass of :class:`Recipe` under ``@register_re
 
 from .heads import MLPHead, linear_head
 from .pgd_at import PGDAdversarialTraining
-from .preact_resnet import PreActResNet, channel_statistics, preact_resnet18, preact_resnet_small
+from .preact_resnet import PreActResNet, channel_statistics, preact_resnet18, preact_resnet_small, preact_resnet_tiny
 from .recipe import RECIPES, Recipe, register_recipe
 from .sam import SAM
 from .standard import Standard
@@ -27,6 +27,7 @@ __all__ = [
     "linear_head",
     "preact_resnet18",
     "preact_resnet_small",
+    "preact_resnet_tiny",
     "register_recipe",
     "train",
 ]

@@ -68,6 +68,6 @@ def _library() -> Any:
         import pytorch_optimizer
     except ImportError as error:
         raise MissingExtraError(
-            "SAM needs the package pytorch_optimizer, which is not installed; pip install 'convex-head[bench]'."
+            "SAM needs the package pytorch_optimizer, which is not installed; pip install '.[bench]' in the checkout."
         ) from error
     return pytorch_optimizer

@@ -20,18 +20,24 @@ one eigendecomposition and a scalar equation, and its Lagrangian value bounds it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from convex_head.adversary.margins import PackedNetwork, Spectrum
+from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import MarginScan, Step
 from convex_head.errors import StartError
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
 from convex_head.problems.losses import get_loss
+from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale, losses_at_scales, objectives
+from convex_head.rows import Chunk, Rows
+from convex_head.shards import Whole
 
 # A margin of 1 costs nothing under any loss here; the factor 2 below leaves room for rescaling the network.
 _SATISFIED = 1.0
@@ -52,8 +58,8 @@ class PolynomialProblem:
     """(P) on given features; see the module docstring.
 
     Args:
-        features: (n, d) float64, standardised if wanted; validated by the caller.
-        labels: (n,) int64 in 0..num_classes-1.
+        features: (n, d) tensor, array or memory-mapped array; validated by the caller.
+        labels: (n,) int64 in 0..num_classes-1, on the device of the computation.
         num_classes: C. For C = 2 there is one function, f, with y = +1 for label 1, and the loss is the hinge.
         radius: radius of the feature ball, >= 0.
         reg: regularisation weight, > 0.
@@ -61,11 +67,14 @@ class PolynomialProblem:
         coefficients: (a, b, c) of the activation, a > 0.
         dtype: precision of the bulk computation; sums and factorisations are float64.
         chunk_rows: rows processed together.
+        mean, scale: (d,) standardisation of the features, applied chunk by chunk; None for none.
+        stream: read the features anew in every pass instead of holding them (convex_head/rows.py).
+        shard: the part of the rows that is held here, where several processes share them (convex_head/shards.py).
     """
 
     def __init__(
         self,
-        features: Tensor,
+        features: Tensor | np.ndarray,
         labels: Tensor,
         *,
         num_classes: int,
@@ -74,35 +83,40 @@ class PolynomialProblem:
         loss: str = "crammer_singer",
         coefficients: tuple[float, float, float] = (0.09, 0.5, 0.47),
         dtype: torch.dtype = torch.float64,
-        chunk_rows: int = 8192,
+        chunk_rows: int = 4096,
+        mean: Tensor | None = None,
+        scale: Tensor | None = None,
+        stream: bool = False,
+        shard: Whole | None = None,
     ):
         self.num_classes, self.radius, self.reg = num_classes, float(radius), float(reg)
         self.loss, self.coefficients = loss, coefficients
         self.num_functions = 1 if num_classes == 2 else num_classes
         self.dtype = dtype
+        self.shard = shard or Whole()
         self._loss = get_loss(loss)
-        self._order = torch.argsort(labels, stable=True)
-        self._labels = labels[self._order]
-        self._scan = MarginScan(
-            features[self._order].to(dtype),
-            self._labels,
-            num_classes=num_classes,
-            pairwise=self._loss.pairwise,
-            coefficients=coefficients,
-            chunk_rows=chunk_rows,
+        self._use(
+            Rows(features, labels, mean=mean, scale=scale, dtype=dtype, chunk_rows=chunk_rows, stream=stream),
+            self.shard.total(len(labels)),
         )
-        self._x = self._scan.x
+
+    def _use(self, rows: Rows, total: int) -> None:
+        self._scan = MarginScan(
+            rows, num_classes=self.num_classes, pairwise=self._loss.pairwise, coefficients=self.coefficients
+        )
+        self._rows, self._total = rows, total
+        self._device = rows.device
         self._metric: Tensor | None = None
 
     @property
     def n(self) -> int:
-        """Number of examples."""
-        return self._x.shape[0]
+        """Number of examples, over all shards."""
+        return self._total
 
     @property
     def d(self) -> int:
         """Number of features."""
-        return self._x.shape[1]
+        return self._rows.d
 
     @property
     def num_margins(self) -> int:
@@ -112,16 +126,36 @@ class PolynomialProblem:
     @property
     def features(self) -> Tensor:
         """(n, d) features in the given order, float64."""
-        return self._unsort(self._x).double()
+        return self._unsort(self._rows.all())
 
     @property
     def labels(self) -> Tensor:
         """(n,) labels in the given order."""
-        return self._unsort(self._labels)
+        return self._unsort(self._rows.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the computation."""
+        return self._device
+
+    def key(self) -> dict[str, Any]:
+        """What tells this problem from others, as JSON values."""
+        names = ("num_classes", "radius", "reg", "loss")
+        settings = {name: getattr(self, name) for name in names}
+        digest = torch.zeros(2, dtype=torch.float64, device=self._device)
+        digest[0], digest[1] = self._rows.digest()
+        self.shard.sum(digest)
+        return settings | {"coefficients": list(self.coefficients), "shape": [self.n, self.d], "data": digest.tolist()}
+
+    def sample(self, count: int, seed: int) -> PolynomialProblem:
+        """The same problem on ``count`` examples drawn at random, in memory."""
+        part = copy.copy(self)
+        part._use(self._rows.sample(count, seed, self.shard.first, self.n), min(count, self.n))
+        return part
 
     def _unsort(self, values: Tensor) -> Tensor:
         out = torch.empty_like(values)
-        out[self._order] = values
+        out[self._rows.order] = values
         return out
 
     def pack(self, network: Network) -> PackedNetwork:
@@ -141,7 +175,7 @@ class PolynomialProblem:
                 f"start must be a network on {self.d} features and {self.num_functions} functions; found {width} "
                 f"features and {functions} functions. Start from a head fitted with the same widths."
             )
-        device = self._x.device
+        device = self._device
         return Network(
             network.directions.to(device).double(), network.weights.to(device).double(), network.function.to(device)
         )
@@ -150,24 +184,23 @@ class PolynomialProblem:
 
     def objective(self, network: Network) -> float:
         """Exact robust objective F of a network."""
-        packed = self.pack(network)
-        passes = self._scan.passes(packed, self._scan.spectrum(packed), self.radius)
-        total = sum(float(self._hard(margins).double().sum()) for _, _, margins, _ in passes)
-        return total / self.n + self.reg * float(network.norm)
+        total = torch.zeros(1, dtype=torch.float64, device=self._device)
+        for _, _, margins, _ in self._scan.passes(self._scan.spectra(self.pack(network)), self.radius, _SATISFIED):
+            total += self._hard(margins).double().sum()
+        self.shard.sum(total)
+        return float(total) / self.n + self.reg * float(network.norm)
 
     def worst_case(self, network: Network) -> tuple[Tensor, Tensor]:
         """Worst-case margins (n, K) and the points (n, K, d) that attain them, in the given order, float64."""
-        packed = self.pack(network)
-        spec = self._scan.spectrum(packed)
-        margins = torch.empty(self.n, self.num_margins, dtype=torch.float64, device=self._x.device)
-        points = self._x.double().unsqueeze(1).repeat(1, self.num_margins, 1)
-        for chunk, _, chunk_margins, steps in self._scan.passes(packed, spec, self.radius):
-            margins[chunk] = chunk_margins.double()
+        margins = torch.empty(self._rows.n, self.num_margins, dtype=torch.float64, device=self._device)
+        points = self._rows.all().unsqueeze(1).repeat(1, self.num_margins, 1)
+        for chunk, _, chunk_margins, steps in self._scan.passes(self._scan.spectra(self.pack(network)), self.radius):
+            margins[chunk.rows] = chunk_margins.double()
             for step in steps:
+                e = (step.ehat @ step.group_pass.basis.mT).double()
                 group = step.group_pass.group
-                e = (step.ehat @ spec.basis[group.forms].mT).double()
                 real = group.real()
-                rows = (group.rows + chunk.start)[real]
+                rows = (group.rows + chunk.rows.start)[real]
                 points[rows, group.columns.expand_as(group.rows)[real]] += e[real]
         return self._unsort(margins), self._unsort(points)
 
@@ -180,38 +213,38 @@ class PolynomialProblem:
 
         With blur, both are those of the blurred margins, which are smooth in the weights.
         """
-        scan, forms = self._scan, self._scan.forms
-        spec = scan.spectrum(packed)
-        gradient = (2 * self.reg * packed.vectors).to(self.dtype)
-        cross = self._x.new_zeros(len(forms.plus), spec.basis.shape[2], spec.nu.shape[1])
-        own = self._x.new_zeros(len(forms.plus), spec.nu.shape[1])
-        smooth = hard = 0.0
+        spectra = self._scan.spectra(packed)
+        gradient = torch.zeros_like(packed.vectors, dtype=self.dtype)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        own = torch.zeros_like(packed.nu, dtype=self.dtype)
         width = self.num_functions * packed.vectors.shape[1]
-        for chunk, tau, margins, steps in scan.passes(packed, spec, self.radius, _SATISFIED, blur):
+        for chunk, tau, margins, steps in self._scan.passes(spectra, self.radius, _SATISFIED, blur):
             value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            smooth += float(value.double().sum())
-            hard += float(self._hard(margins).double().sum())
+            sums += torch.stack([value.double().sum(), self._hard(margins).double().sum()])
             weights = slopes / -self.n
             coefficients = torch.zeros_like(tau)
             for step in steps:
                 group_pass = step.group_pass
+                forms = spectra.forms.take(group_pass.group.forms)
                 coefficient, in_basis, on_self = group_pass.backward(step, group_pass.load(weights))
                 group_pass.scatter(coefficient, coefficients)
-                cross.index_add_(0, group_pass.group.forms, in_basis)
-                own.index_add_(0, group_pass.group.forms, on_self)
-            gradient.view(width, -1).addmm_(coefficients.view(-1, width).mT, self._x[chunk])
-        vectors = forms.gather(packed.vectors.to(self.dtype))
-        forms.scatter((spec.basis @ cross).mT + own.unsqueeze(-1) * vectors, gradient)
+                forms.scatter((group_pass.basis @ in_basis).mT, gradient)
+                forms.scatter(on_self, own)
+            gradient.view(width, -1).addmm_(coefficients.view(-1, width).mT, chunk.x)
+        self.shard.sum(sums, gradient, own)
+        gradient += (own + 2 * self.reg).unsqueeze(-1) * packed.vectors.to(self.dtype)
+        smooth, hard = (sums / self.n).tolist()
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        return Evaluation(smooth / self.n + penalty, hard / self.n + penalty, gradient.to(packed.vectors.dtype))
+        return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
 
     def metric(self) -> Callable[[Tensor], Tensor]:
         """(second moment of the features + I)^-1, applied to the last axis: a preconditioner for the vectors."""
         if self._metric is None:
-            moment = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._x.device)
-            for chunk in self._scan.chunks:
-                moment += (self._x[chunk].mT @ self._x[chunk]).double() / self.n
-            moment += torch.eye(self.d, dtype=torch.float64, device=self._x.device)
+            moment = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._device)
+            for chunk in self._rows:
+                moment += (chunk.x.mT @ chunk.x).double() / self.n
+            self.shard.sum(moment)
+            moment += torch.eye(self.d, dtype=torch.float64, device=self._device)
             self._metric = torch.linalg.inv(moment)
         inverse = self._metric
         return lambda gradient: gradient @ inverse
@@ -220,35 +253,38 @@ class PolynomialProblem:
 
     def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
         """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
-        spec = self._scan.spectrum(packed)
+        spectra = self._scan.spectra(packed)
         point = self._zero_dual()
-        linear = hard = 0.0
-        exact = []
-        for chunk, _, margins, steps in self._scan.passes(packed, spec, self.radius, 2 * _SATISFIED, blur):
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
+        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, 2 * _SATISFIED, blur):
             _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            linear += float((slopes * (1 - margins)).double().sum())
-            hard += float(self._hard(margins).double().sum())
+            sums[0] += (slopes * (1 - margins)).double().sum()
+            sums[1] += self._hard(margins).double().sum()
             if blur == 0:
-                exact.append(margins)
+                at_scales += losses_at_scales(margins, self._hard)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
-                self._add_step(point, self._x[chunk], step, weights, spec)
+                self._add_step(point, chunk.x, step, weights)
                 if step.spread is not None:
-                    hard += blur * self.n * float((weights * step.spread.sqrt().sum(-1)).double().sum())
+                    sums[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
-            exact = [m for _, _, m, _ in self._scan.passes(packed, spec, self.radius, 2 * _SATISFIED)]
+            for _, _, margins, _ in self._scan.passes(spectra, self.radius, 2 * _SATISFIED):
+                at_scales += losses_at_scales(margins, self._hard)
+        self.shard.sum(sums, at_scales, point.mass, point.moments)
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        scale, primal = self._best_scale(torch.cat(exact), penalty)
+        scale, primal = best_scale(objectives(at_scales, self.n, penalty))
+        linear, hard = sums.tolist()
         return DualReport(point, primal, scale, (hard - linear) / self.n)
 
-    def _add_step(self, point: DualPoint, x: Tensor, step: Step, weights: Tensor, spec: Spectrum) -> None:
+    def _add_step(self, point: DualPoint, x: Tensor, step: Step, weights: Tensor) -> None:
         """Add the moments of one group's worst cases, weighted (G, B), to a dual point."""
         group = step.group_pass.group
         for g, form in enumerate(group.forms.tolist()):
             active = weights[g].nonzero().squeeze(1)
             if len(active) == 0:
                 continue
-            basis, sign, weight = spec.basis[form], float(group.signs[g]), weights[g, active]
+            basis, sign, weight = step.group_pass.basis[g], float(group.signs[g]), weights[g, active]
             worst = x[group.rows[g, active]] + step.ehat[g, active] @ basis.mT
             self._add_moments(point, form, sign, weight, worst)
             if step.spread is not None:
@@ -263,37 +299,18 @@ class PolynomialProblem:
 
     def fit_scale(self, network: Network, mu: float) -> Network:
         """The network with its output weights scaled to the minimum of the smoothed objective."""
-        packed = self.pack(network)
-        passes = self._scan.passes(packed, self._scan.spectrum(packed), self.radius, 2 * _SATISFIED)
-        margins = torch.cat([m for _, _, m, _ in passes])
-        scale, _ = self._best_scale(
-            margins, self.reg * float(network.norm), lambda w: self._loss.smoothed(w, self.num_classes, mu)[0]
-        )
-        return replace(network, weights=network.weights * scale)
-
-    def _best_scale(
-        self, margins: Tensor, penalty: float, loss: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[float, float]:
-        """Minimise mean loss(t * margins) + t * penalty over t by golden-section search; (t, value)."""
-        golden = 0.5 * (5**0.5 - 1)
-        low, high = 0.5, 2.0
-        loss = loss or self._hard
-
-        def value(t: float) -> float:
-            return float(loss(t * margins).double().mean()) + t * penalty
-
-        best = (value(1.0), 1.0)
-        for _ in range(40):
-            left, right = high - golden * (high - low), low + golden * (high - low)
-            at_left, at_right = value(left), value(right)
-            best = min(best, (at_left, left), (at_right, right))
-            low, high = (low, right) if at_left <= at_right else (left, high)
-        return best[1], best[0]
+        at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
+        spectra = self._scan.spectra(self.pack(network))
+        for _, _, margins, _ in self._scan.passes(spectra, self.radius, 2 * _SATISFIED):
+            at_scales += losses_at_scales(margins, lambda w: self._loss.smoothed(w, self.num_classes, mu)[0])
+        self.shard.sum(at_scales)
+        values = objectives(at_scales, self.n, self.reg * float(network.norm))
+        return replace(network, weights=network.weights * interpolated_scale(values))
 
     def zero_network(self) -> Network:
         """One neuron of weight 0 a function: the zero function, in a form that can be deployed."""
-        functions = torch.arange(self.num_functions, device=self._x.device)
-        directions = torch.zeros(self.num_functions, self.d, dtype=torch.float64, device=self._x.device)
+        functions = torch.arange(self.num_functions, device=self._device)
+        directions = torch.zeros(self.num_functions, self.d, dtype=torch.float64, device=self._device)
         directions[:, 0] = 1
         return Network(directions, torch.zeros_like(directions[:, 0]), functions)
 
@@ -306,11 +323,11 @@ class PolynomialProblem:
         index = torch.arange(count)
         weights = torch.where(index % 2 == 0, 0.1, -0.1).double() / neurons
         function = index // (2 * neurons)
-        device = self._x.device
+        device = self._device
         return Network(directions.to(device), weights.to(device), function.to(device))
 
     def _zero_dual(self) -> DualPoint:
-        device, size = self._x.device, self.d + 1
+        device, size = self._device, self.d + 1
         mass = torch.zeros(1 if self._scan.pairwise else self.num_functions, dtype=torch.float64, device=device)
         return DualPoint(mass, torch.zeros(self.num_functions, size, size, dtype=torch.float64, device=device))
 
@@ -345,8 +362,9 @@ class PolynomialProblem:
         norm = step.norm(dim=-1, keepdim=True)
         inside = features.unsqueeze(1) + step * (self.radius / norm.clamp_min(max(self.radius, 1e-300)))
         point = self._zero_dual()
-        inside, weights = inside[self._order], weights[self._order]
-        whole = slice(0, self.n)
+        order = self._rows.order
+        inside, weights = inside[order], weights[order]
+        whole = Chunk(slice(0, self.n), inside[:, 0], self._rows.labels)
         for group in self._scan.groups(whole, weights > 0, 1):
             for g, form in enumerate(group.forms.tolist()):
                 rows = group.rows[g, group.real()[g]]

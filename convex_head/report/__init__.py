@@ -4,6 +4,7 @@ from convex_head.report.document import render_latex, render_report
 from convex_head.report.entries import Entry, check_admissible, load_entries, ranked
 from convex_head.report.markdown import render_markdown
 from convex_head.report.page import render_page
+from convex_head.report.pdf import write_pdf
 
 __all__ = [
     "Entry",
@@ -14,4 +15,5 @@ __all__ = [
     "render_markdown",
     "render_page",
     "render_report",
+    "write_pdf",
 ]

@@ -1,6 +1,6 @@
 """A report of chosen records for a paper's appendix: one HTML file without script, or a LaTeX table.
 
-The HTML file needs no network and prints well; a browser's "print to PDF" makes the PDF.
+The HTML file needs no network and prints well; :mod:`convex_head.report.pdf` writes a PDF.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from convex_head.records import EvalRecord
 from convex_head.report.entries import Entry, fact, plain
 from convex_head.report.plots import curves
 from convex_head.report.rows import environment, read_template, row
-from convex_head.report.terminal import footnotes, gap_text, short_attack
+from convex_head.report.terminal import attack_names, footnotes, gap_text, short_attack
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -41,9 +41,7 @@ def render_report(records: Sequence[EvalRecord], *, title: str = "Robustness eva
         title: heading.
         pictures: show the adversarial examples that records carry in ``metadata["examples"]``.
     """
-    made = [Entry.from_record(record) for record in records]
-    # Numbered, since a report may show two evaluations of one model under one threat.
-    entries = [Entry(f"{k}-{entry.id}", entry.robustbench, entry.record) for k, entry in enumerate(made, start=1)]
+    entries = numbered(records)
     return (
         environment()
         .get_template("report.html.j2")
@@ -52,10 +50,16 @@ def render_report(records: Sequence[EvalRecord], *, title: str = "Robustness eva
             # Each without siblings: the curves stand once, above the sections.
             rows=[row(entry, [], with_pictures=pictures) for entry in entries],
             curves=curves(entries),
-            notes=_notes(records),
+            notes=board_notes(records),
             style=Markup(read_template("page.css")),
         )
     )
+
+
+def numbered(records: Sequence[EvalRecord]) -> list[Entry]:
+    """Entries with ids of their own: a report may show two evaluations of one model under one threat."""
+    made = [Entry.from_record(record) for record in records]
+    return [Entry(f"{k}-{entry.id}", entry.robustbench, entry.record) for k, entry in enumerate(made, start=1)]
 
 
 def render_latex(records: Sequence[EvalRecord]) -> str:
@@ -64,7 +68,7 @@ def render_latex(records: Sequence[EvalRecord]) -> str:
     Accuracies in percent; the interval is the 95 % Wilson interval of the robust accuracy, and the columns of attacks
     count what is left after each.
     """
-    attacks = list(dict.fromkeys(name for record in records for name in record.attacks))
+    attacks = attack_names(records)
     heads = ["model", "clean", "robust", "95\\,\\%", *(_tex(short_attack(name)) for name in attacks), "radius", "gap"]
     lines = [
         "% Needs \\usepackage{booktabs}.",
@@ -74,14 +78,15 @@ def render_latex(records: Sequence[EvalRecord]) -> str:
         "    \\toprule",
         f"    {' & '.join(heads)} \\\\",
     ]
-    for (dataset, threat), group in groupby(records, key=_board):
+    for (dataset, threat), group in groupby(records, key=board):
         lines += ["    \\midrule", f"    \\multicolumn{{{len(heads)}}}{{l}}{{{_tex(dataset)}, {_tex(threat)}}} \\\\"]
         lines += [f"    {' & '.join(_cells(record, attacks))} \\\\" for record in group]
     lines += ["    \\bottomrule", "  \\end{tabular}", "  \\caption{" + _caption(records) + "}", "\\end{table}"]
     return "\n".join(lines) + "\n"
 
 
-def _board(record: EvalRecord) -> tuple[str, str]:
+def board(record: EvalRecord) -> tuple[str, str]:
+    """Dataset and threat, which two records of one table share."""
     threat = record.threat
     norm = {"Linf": "l-infinity", "L2": "l2", "L1": "l1"}[threat.norm]
     return str(record.dataset.get("name", "")), f"{norm}, eps = {threat.eps_text}, n = {record.n}"
@@ -111,9 +116,9 @@ def _caption(records: Sequence[EvalRecord]) -> str:
     return text + (" $\\dagger$: flagged, not to be trusted." if any(record.flags for record in records) else "")
 
 
-def _notes(records: Sequence[EvalRecord]) -> list[str]:
+def board_notes(records: Sequence[EvalRecord]) -> list[str]:
     """The footnotes of each board, once each."""
-    groups = [list(group) for _, group in groupby(records, key=_board)]
+    groups = [list(group) for _, group in groupby(records, key=board)]
     return list(dict.fromkeys(line for group in groups for line in footnotes(group)))
 
 

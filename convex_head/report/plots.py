@@ -42,6 +42,7 @@ def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
                 "high": _y(high, axis_y),
                 "clean": clean,
                 "robust": robust,
+                "bounds": (low, high),
                 "front": not dominated,
             }
         )
@@ -51,7 +52,7 @@ def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
 def curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """One plot for each dataset, subset and norm on which a model was evaluated at two radii or more.
 
-    Entries are of one curve if their weights have the same fingerprint.
+    Entries are of one curve if their weights have the same fingerprint; a record's own curve adds its radii.
     """
     boards: dict[tuple[str, str, str], dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
@@ -61,14 +62,14 @@ def curves(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     plots = []
     for (dataset, _, norm), models in boards.items():
         lines = [sorted(line, key=lambda entry: entry.record.threat.eps) for line in models.values()]
-        lines = [line for line in lines if len({entry.record.threat.eps for entry in line}) > 1]
+        lines = [line for line in lines if len(_measured(line)) > 1]
         if lines:
             plots.append({"dataset": dataset, "norm": norm, **_curve_plot(lines)})
     return plots
 
 
 def _curve_plot(lines: Sequence[Sequence[Entry]]) -> dict[str, Any]:
-    axis_x = (0.0, max(line[-1].record.threat.eps for line in lines))
+    axis_x = (0.0, max(eps for line in lines for eps in _measured(line)))
     axis_y = (0.0, 1.0)
     drawn = []
     for index, line in enumerate(lines):
@@ -85,6 +86,7 @@ def _curve_plot(lines: Sequence[Sequence[Entry]]) -> dict[str, Any]:
                 "path": _points(middle),
                 "band": _points([*high, *reversed(low)]),
                 "values": [(text, accuracy, *bounds) for text, _, accuracy, *bounds in values],
+                "numbers": [tuple(numbers) for _, *numbers in values],
             }
         )
     return {"lines": drawn, **_frame(axis_x, axis_y, eps=True)}
@@ -93,9 +95,18 @@ def _curve_plot(lines: Sequence[Sequence[Entry]]) -> dict[str, Any]:
 def _values(line: Sequence[Entry]) -> list[tuple[str, float, float, float, float]]:
     """(text of eps, eps, accuracy, bounds of its 95 % interval), the clean accuracy first."""
     first = line[0].record
-    clean = ("0", 0.0, first.clean_accuracy, *wilson_interval(first.clean_correct, first.n))
-    records = [entry.record for entry in line if entry.record.threat.eps > 0]
-    return [clean, *((r.threat.eps_text, r.threat.eps, r.robust_accuracy, *r.interval) for r in records)]
+    counts = {0.0: ("0", first.clean_correct), **{eps: found for eps, found in _measured(line).items() if eps > 0}}
+    return [
+        (text, eps, correct / first.n, *wilson_interval(correct, first.n))
+        for eps, (text, correct) in sorted(counts.items())
+    ]
+
+
+def _measured(line: Sequence[Entry]) -> dict[float, tuple[str, int]]:
+    """eps -> its text and how many points are right; an entry's own radius goes before the curve of another."""
+    found = {item["eps"]: (item["eps_text"], item["robust_correct"]) for entry in line for item in entry.record.curve}
+    own = {entry.record.threat.eps: entry.record for entry in line}
+    return found | {eps: (record.threat.eps_text, record.robust_correct) for eps, record in own.items()}
 
 
 def _points(pairs: Any) -> str:

@@ -29,7 +29,7 @@ def results_table(
         controls: name of a record -> the record that it is compared with.
         width: of the terminal; where it is narrow, the columns of the single attacks stay in the records.
     """
-    attacks = list(dict.fromkeys(name for record in records for name in record.attacks)) if width >= _NARROW else []
+    attacks = attack_names(records) if width >= _NARROW else []
     whole = width >= _SLIM
     numbers = ["clean %", "robust % (95 %)", *map(short_attack, attacks)]
     numbers += ["radius", "gap"] if whole else ["gap"]
@@ -57,6 +57,12 @@ def results_table(
             end_section=following is not None and following.metadata.get("training") != record.metadata.get("training"),
         )
     return result
+
+
+def attack_names(records: Iterable[EvalRecord]) -> list[str]:
+    """Every attack once, in the order of the record that has the most: each record runs its own in that order."""
+    longest_first = sorted(records, key=lambda record: -len(record.attacks))
+    return list(dict.fromkeys(name for record in longest_first for name in record.attacks))
 
 
 def short_attack(name: str) -> str:
@@ -93,7 +99,7 @@ def footnotes(records: Iterable[EvalRecord]) -> list[str]:
     if not listed:
         return []
     first = listed[0]
-    attacks = ", ".join(first.attacks)
+    attacks = ", ".join(attack_names(listed))
     lines = [
         f"{first.dataset.get('name', '')}, {first.threat}, n = {first.n}, seed {first.seed}. "
         "Robust: right without attack and under every attack.",

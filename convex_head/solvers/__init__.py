@@ -1,11 +1,11 @@
 """HOW a problem is minimised: one algorithm a file, one registry of names.
 
-``auto`` is column generation, the only solver that scales and certifies.
+``auto`` is the first solver of an activation: the one that scales and certifies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from convex_head.errors import UnknownSolverError
@@ -17,20 +17,29 @@ _SOLVERS = {
     "sdp": ("convex_head.solvers.sdp", "SDP"),
     "cutting_set": ("convex_head.solvers.cutting_set", "CuttingSet"),
     "penalty": ("convex_head.solvers.penalty", "Penalty"),
+    "group_descent": ("convex_head.solvers.group_descent", "GroupDescent"),
+    "socp": ("convex_head.solvers.gates_socp", "GatesSOCP"),
 }
+POLYNOMIAL_SOLVERS = ("column_generation", "sdp", "cutting_set", "penalty")
+GATE_SOLVERS = ("group_descent", "socp")
 
 
-def get_solver(name: str) -> Solver:
+def get_solver(name: str, allowed: Sequence[str] = POLYNOMIAL_SOLVERS) -> Solver:
     """Make the solver of that name.
 
+    Args:
+        name: one of ``allowed``, or "auto" for the first of them.
+        allowed: the solvers of the problem at hand.
+
     Raises:
-        UnknownSolverError: no solver has that name.
+        UnknownSolverError: no solver of this problem has that name.
     """
-    module, attribute = _SOLVERS.get("column_generation" if name == "auto" else name, (None, None))
-    if module is None:
-        raise UnknownSolverError(f"solver must be auto or one of {', '.join(_SOLVERS)}; found {name!r}. Pick one.")
-    factory: Callable[[], Solver] = getattr(import_module(module), str(attribute))
+    chosen = allowed[0] if name == "auto" else name
+    if chosen not in allowed:
+        raise UnknownSolverError(f"solver must be auto or one of {', '.join(allowed)}; found {name!r}. Pick one.")
+    module, attribute = _SOLVERS[chosen]
+    factory: Callable[[], Solver] = getattr(import_module(module), attribute)
     return factory()
 
 
-__all__ = ["Progress", "SolveResult", "Solver", "Status", "get_solver"]
+__all__ = ["GATE_SOLVERS", "POLYNOMIAL_SOLVERS", "Progress", "SolveResult", "Solver", "Status", "get_solver"]

@@ -10,23 +10,22 @@ from __future__ import annotations
 import abc
 import math
 import numbers
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from convex_head.errors import ConvergenceWarning, SolverError, ToleranceError
+from convex_head.errors import ConvergenceWarning, SolveCheckpointError, SolverError, ToleranceError
+from convex_head.solvers.checkpoint import SolveState, load_state, save_state
 from convex_head.solvers.result import Progress, SolveResult, Status, relative_gap
+from convex_head.threads import one_thread_if_small
 
 Callback = Callable[[Progress], Any]
-
-# Elements of the feature matrix. On two busy cores two threads were 2 to 7 times slower than one up to 4e6 elements; an
-# idle machine gains from two earlier, so this is a compromise.
-_THREADS_PAY_FROM = 1_000_000
 
 
 @dataclass
@@ -49,6 +48,11 @@ class Run:
     extra: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
     stalled: bool = False
+    checkpoint: Path | None = None
+    key: dict[str, Any] = field(default_factory=dict)
+    agree: Callable[[bool], bool] = bool
+    writes: bool = True
+    earlier: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -57,12 +61,37 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock since the start."""
-        return time.perf_counter() - self.began
+        """Wall-clock since the start, with that of the runs before a checkpoint."""
+        return self.earlier + time.perf_counter() - self.began
 
     def out_of_time(self) -> bool:
-        """The time limit has passed."""
-        return self.max_seconds is not None and self.seconds >= self.max_seconds
+        """The time limit of this run has passed, in any process."""
+        return self.max_seconds is not None and self.agree(time.perf_counter() - self.began >= self.max_seconds)
+
+    def trial(self, tol: float) -> Run:
+        """Book-keeping of a solve on a sample of the data: the same clock, no callbacks, no checkpoint."""
+        return Run(tol, self.max_seconds, (), self.seed, began=self.began, extra=self.extra, agree=self.agree)
+
+    def save(self, network: Any, tensors: Mapping[str, torch.Tensor], **numbers: float) -> None:
+        """Keep where the solve stands, if it has a checkpoint: the network, and what else the algorithm needs."""
+        if self.checkpoint is None or not self.writes:
+            return
+        kept = numbers | {"primal": self.primal, "dual": self.dual, "seconds": self.seconds, "extra": self.extra}
+        save_state(self.checkpoint, self.key, SolveState(network, self.network, kept, self.history, dict(tensors)))
+
+    def resume(self, device: torch.device) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Network, numbers and tensors of the checkpoint, if there is one; the book-keeping goes on from it.
+
+        Raises:
+            ResumeMismatchError: it is damaged or belongs to another problem.
+        """
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        state = load_state(self.checkpoint, self.key, device)
+        self.primal, self.dual, self.earlier = (state.numbers[name] for name in ("primal", "dual", "seconds"))
+        self.network, self.history = state.best, state.history
+        self.extra.update(state.numbers["extra"])
+        return state.network, state.numbers, state.tensors
 
     def finished(self) -> bool:
         """Converged, out of time, or stopped by a callback."""
@@ -78,12 +107,14 @@ class Run:
         for callback in self.callbacks:
             if callback(line) is True:
                 self.stopped = True
+        self.stopped = self.agree(self.stopped)  # every process takes part, with callbacks or without
 
 
 class Solver(abc.ABC):
     """One algorithm. Subclasses set ``name`` and implement ``_solve``."""
 
     name: ClassVar[str]
+    keeps_checkpoints: ClassVar[bool] = False
 
     def solve(
         self,
@@ -94,6 +125,7 @@ class Solver(abc.ABC):
         callbacks: tuple[Callback, ...] = (),
         seed: int = 0,
         start: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> SolveResult:
         """Minimise ``problem``.
 
@@ -104,6 +136,8 @@ class Solver(abc.ABC):
             callbacks: called with a :class:`Progress` an outer iteration; one that returns True stops the solve.
             seed: seeds whatever is random.
             start: a network to start from (warm start), or None.
+            checkpoint: file that holds where the solve stands after every outer iteration, or None. Where it exists,
+                the solve goes on from it, to the same result; it stays when the solve ends.
 
         Returns:
             The best point with its re-measured objective. CONVERGED only if its gap is at most ``tol``; otherwise a
@@ -111,15 +145,26 @@ class Solver(abc.ABC):
 
         Raises:
             ToleranceError: tol or max_seconds is not positive and finite.
+            SolveCheckpointError: this solver keeps no checkpoint.
+            ResumeMismatchError: the checkpoint is damaged or belongs to another problem.
             SolverError: the algorithm failed without a usable point.
         """
         check_positive("tol", tol)
         if max_seconds is not None:
             check_positive("max_seconds", max_seconds)
         run = Run(tol, max_seconds, tuple(callbacks), seed, start)
+        if checkpoint is not None:
+            if not self.keeps_checkpoints:
+                raise SolveCheckpointError(
+                    f"checkpoint needs a solver that can go on from one; found {self.name}. Use column_generation."
+                )
+            run.checkpoint, run.key = Path(checkpoint), problem.key() | {"solver": self.name, "seed": seed}
+        shard = getattr(problem, "shard", None)
+        if shard is not None:
+            run.agree, run.writes = shard.any, shard.rank == 0
         interrupted = False
         try:
-            with _one_thread_if_small(problem.n * problem.d):
+            with one_thread_if_small(problem.n * problem.d):
                 self._solve(problem, run)
         except KeyboardInterrupt:
             if run.network is None:
@@ -136,7 +181,8 @@ class Solver(abc.ABC):
                 f"{self.name} must find a point with a finite objective; found none in {len(run.history)} iterations. "
                 "Standardise the features, or change reg or the radius."
             )
-        return self._finish(problem, run, interrupted)
+        with one_thread_if_small(problem.n * problem.d):
+            return self._finish(problem, run, interrupted)
 
     @abc.abstractmethod
     def _solve(self, problem: Any, run: Run) -> None:
@@ -177,20 +223,6 @@ class Solver(abc.ABC):
             network=run.network,
             extra=run.extra,
         )
-
-
-@contextmanager
-def _one_thread_if_small(elements: int) -> Iterator[None]:
-    """Small tensors gain nothing from torch's threads, and on a busy machine these wait for each other."""
-    before = torch.get_num_threads()
-    if elements >= _THREADS_PAY_FROM or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_positive(name: str, value: float) -> None:

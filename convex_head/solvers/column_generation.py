@@ -9,6 +9,9 @@ missing neuron does. Neurons that have shrunk to nothing are dropped.
 The inner problem is blurred in proportion to the smoothing width (adversary/trust_region.py), because its worst-case
 points are not unique at larger radii and L-BFGS stalls on the kinks that this makes.
 
+Large data are met first in samples of growing size (in memory, the same smoothing schedule), so that only the last
+iterations pass over all rows; the bound and the objective that are reported are always those of all rows.
+
 Every outer iteration yields a rigorous bound (problems/polynomial.py) and an exact objective, after the best scaling of
 the output weights: margins are linear in them, so the scaling costs no further worst case.
 
@@ -28,6 +31,7 @@ from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualReport, OracleAnswer
 from convex_head.solvers.base import Run, Solver
+from convex_head.solvers.curvature import CurvatureMemory
 from convex_head.solvers.lbfgs import minimise
 
 _FIRST_WIDTH = 0.3
@@ -36,11 +40,18 @@ _SHRINK = 0.3
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
 _ZERO = 1e-12
+_NEAR = 5
+_DEAD = 1e-8
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
 _FIRST_ACCURACY = 0.03
 _SMOOTHING_SHARE = 0.6
+# Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
+_FIRST_SAMPLE = 4096
+_SAMPLE_GROWTH = 4
+_LEAST_FACTOR = 2.5
+_SAMPLE_TOL = 0.1
 
 
 class ColumnGeneration(Solver):
@@ -53,48 +64,83 @@ class ColumnGeneration(Solver):
     """
 
     name = "column_generation"
+    keeps_checkpoints = True
 
     def __init__(self, neurons: int = 4, max_iterations: int = 100, inner_evaluations: int = 1000):
         self.neurons = neurons
         self.max_iterations = max_iterations
         self.inner_evaluations = inner_evaluations
+        self._memory = CurvatureMemory()
 
     def _solve(self, problem: Any, run: Run) -> None:
         run.extra["evaluations"] = 0
+        self._memory = CurvatureMemory()
+        saved = run.resume(problem.device)
         accuracy = _FIRST_ACCURACY
-        if run.start is not None and float(run.start.norm) > 0:
+        if saved is not None:
+            network, numbers, tensors = saved
+            mu, accuracy = numbers["mu"], numbers["accuracy"]
+            self._memory = CurvatureMemory.of(tensors, network)
+        elif run.start is not None and float(run.start.norm) > 0:
             network, mu = self._resume_from(problem, run.start, run)
         else:
+            if self._is_zero_optimal(problem, _FIRST_WIDTH, run):
+                return
             network, mu = problem.random_network(self.neurons, run.seed), _FIRST_WIDTH
-            if self._is_zero_optimal(problem, mu, run):
-                return
-        for _ in range(self.max_iterations):
+            try:
+                for size in _sample_sizes(problem.n):
+                    part = problem.sample(size, run.seed)
+                    trial = run.trial(max(_SAMPLE_TOL, run.tol))
+                    network, mu, accuracy = self._iterate(part, trial, network, mu, accuracy)
+            except KeyboardInterrupt:
+                self._measure(problem, network, mu, run)
+                raise
+            if run.out_of_time():
+                self._measure(problem, network, mu, run)
+        self._iterate(problem, run, network, mu, accuracy)
+
+    def _iterate(
+        self, problem: Any, run: Run, network: Network, mu: float, accuracy: float
+    ) -> tuple[Network, float, float]:
+        """Outer iterations until the run is finished; returns where they stand."""
+        for _ in range(len(run.history), self.max_iterations):
             if run.finished():
-                return
+                break
             if mu < _NARROWEST or _stalled(run):
                 run.stalled = True
-                return
+                break
             network, converged = self._correct(problem, network, mu, accuracy, run)
             report, answer = self._measure(problem, network, mu, run)
+            if run.finished():
+                break
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
                 mu *= _SHRINK
             elif converged:
                 accuracy *= _SHRINK
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy))
+            run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)
+        return network, mu, accuracy
 
     def _resume_from(self, problem: Any, start: Network, run: Run) -> tuple[Network, float]:
-        """The start, scaled, and the width at which it proves most; a start that is good enough ends the solve here."""
-        found: list[tuple[float, Network, float]] = []
+        """The start, scaled, and the width to go on with; a start that is good enough ends the solve here.
+
+        That width is the one that proves most where the start is nearly optimal, else the first at which smoothing is
+        no longer what keeps the gap open.
+        """
+        tried: list[tuple[float, Network, float]] = []
+        fitting = None
         for k in range(_WARM_WIDTHS):
             mu = _FIRST_WIDTH * _SHRINK**k
             network = problem.fit_scale(start, mu)
-            _, answer = self._measure(problem, network, mu, run)
-            found.append((answer.dual, network, mu))
+            report, answer = self._measure(problem, network, mu, run)
+            tried.append((answer.dual, network, mu))
             if run.finished():
                 break
-        _, network, mu = max(found, key=lambda candidate: candidate[0])
-        return network, mu
+            if fitting is None and report.smoothing <= _SMOOTHING_SHARE * run.tol * report.primal:
+                fitting = network, mu
+        _, network, mu = max(tried, key=lambda found: found[0])
+        return (network, mu) if run.gap <= _NEAR * run.tol or fitting is None else fitting
 
     def _is_zero_optimal(self, problem: Any, mu: float, run: Run) -> bool:
         """Report the zero network only where one pass proves it optimal.
@@ -139,6 +185,7 @@ class ColumnGeneration(Solver):
             reached = stationary and float(growth.amax()) <= accuracy * scale
             return reached
 
+        pairs = self._memory.packed(packed, network)
         vectors, evaluations = minimise(
             objective,
             packed.vectors,
@@ -146,13 +193,19 @@ class ColumnGeneration(Solver):
             max_evaluations=self.inner_evaluations,
             stop=run.out_of_time,
             metric=problem.metric(),
+            pairs=pairs,
         )
         run.extra["evaluations"] += evaluations
-        return _prune(PackedNetwork.of(vectors, packed.signs).unpack()), reached
+        after = PackedNetwork.of(vectors, packed.signs).unpack()
+        keep = after.weights.abs() > _DEAD * after.norm
+        alive = (vectors.norm(dim=-1) > 0) & (packed.signs != 0)
+        self._memory.store(pairs, alive, keep)
+        return Network(after.directions[keep], after.weights[keep], after.function[keep]), reached
 
     def _add(self, network: Network, answer: OracleAnswer, reg: float) -> Network:
         """Add the neurons that violate the bound, each with a small share of the network's norm."""
         function, sign = (answer.bounds > reg).nonzero(as_tuple=True)
+        self._memory.grow(len(sign))
         signs = torch.where(sign == 0, 1.0, -1.0).to(network.weights)
         weight = _NEW_SHARE * max(1.0, float(network.norm)) / max(1, len(sign))
         return Network(
@@ -162,13 +215,17 @@ class ColumnGeneration(Solver):
         )
 
 
+def _sample_sizes(n: int) -> list[int]:
+    sizes = []
+    size = _FIRST_SAMPLE
+    while size * _LEAST_FACTOR <= n:
+        sizes.append(size)
+        size *= _SAMPLE_GROWTH
+    return sizes
+
+
 def _stalled(run: Run) -> bool:
     if len(run.history) <= _STALL_ITERATIONS:
         return False
     before, now = run.history[-1 - _STALL_ITERATIONS].gap, run.history[-1].gap
     return before - now < _STALL_PROGRESS * now
-
-
-def _prune(network: Network) -> Network:
-    keep = network.weights.abs() > 1e-8 * network.norm
-    return Network(network.directions[keep], network.weights[keep], network.function[keep])

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]
+Pair = tuple[Tensor, Tensor, float]
+MEMORY = 100
 
 
 def minimise(
@@ -25,7 +27,8 @@ def minimise(
     max_evaluations: int,
     stop: Callable[[], bool],
     metric: Callable[[Tensor], Tensor],
-    memory: int = 50,
+    memory: int = MEMORY,
+    pairs: deque[Pair] | None = None,
 ) -> tuple[Tensor, int]:
     """Minimise a C^1 function from x.
 
@@ -37,13 +40,15 @@ def minimise(
         stop: asked between evaluations; True ends the search.
         metric: applies a fixed approximation of the inverse Hessian, up to scale, to a tensor of x's shape.
         memory: number of correction pairs.
+        pairs: correction pairs (step, change of the gradient, their product) of an earlier search on a similar
+            function; those of this search are added to it.
 
     Returns:
         The best point found and the number of evaluations.
     """
     value, gradient = objective(x)
     evaluations = 1
-    pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=memory)
+    pairs = deque(maxlen=memory) if pairs is None else pairs
     while evaluations < max_evaluations and not stop() and not converged(x, gradient):
         direction = _two_loop(gradient, pairs, metric)
         slope = float((direction * gradient).sum())
@@ -78,9 +83,7 @@ def minimise(
     return x, evaluations
 
 
-def _two_loop(
-    gradient: Tensor, pairs: deque[tuple[Tensor, Tensor, float]], metric: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _two_loop(gradient: Tensor, pairs: deque[Pair], metric: Callable[[Tensor], Tensor]) -> Tensor:
     q = -gradient
     coefficients = []
     for step, change, product in reversed(pairs):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from convex_head.errors import ConvergenceWarning
 
 
 class Status(enum.StrEnum):
@@ -79,3 +82,31 @@ class SolveResult:
 def relative_gap(primal: float, dual: float) -> float:
     """(primal - dual) / max(1e-12, primal)."""
     return (primal - dual) / max(1e-12, primal)
+
+
+def as_deployed(result: SolveResult, primal: float, tol: float, dtype: str, *, zero: bool) -> SolveResult:
+    """The result with the objective measured on the deployed weights; warns where the gap then misses ``tol``.
+
+    Args:
+        result: what the solver returned.
+        primal: objective of the weights as deployed.
+        tol: relative gap asked for.
+        dtype: of the weights.
+        zero: the weights are those of the zero network.
+    """
+    gap = relative_gap(primal, result.dual)
+    status = result.status
+    if gap <= tol:
+        status = Status.CONVERGED
+    elif status is Status.CONVERGED:
+        status = Status.STALLED
+    message = f"{result.solver}: {status.value}, objective {primal:.6g}, relative gap {gap:.3g} as deployed ({dtype})"
+    message += "; the best network is the zero network: lower reg or radius" if zero else ""
+    if status is not Status.CONVERGED:
+        warnings.warn(
+            f"{message}; tol = {tol:g} was not reached after {result.seconds:.3g} s. Allow more time "
+            "(max_seconds), a larger tol, more regularisation (reg), or a float64 head.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    return replace(result, status=status, primal=primal, gap=gap, message=message)

@@ -1,0 +1,208 @@
+"""The heads that the suite compares: name -> how it is fitted on a frozen backbone, and what that cost.
+
+All see the same 10,000 images, choose on the same fifth of them by accuracy under one attack at the same pixel eps,
+and are then fitted on all. ``HEADS`` is the list; a head is one line of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.fashion_mnist_backbones import HeadData
+from convex_head.baselines import MLPHead, PGDAdversarialTraining, Recipe, Trades, linear_head, train
+from convex_head.baselines.pgd import pgd_accuracy
+from convex_head.errors import ConvergenceWarning
+from convex_head.features import extract_features
+from convex_head.head import ConvexRobustHead
+from convex_head.robustify import robustify
+from convex_head.splice import Backbone, replace_head
+from convex_head.threat import ThreatModel
+
+Card = dict[str, Any]
+Fit = Callable[[nn.Module, HeadData, ThreatModel, "Effort", int], tuple[nn.Module, Card]]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What fitting may cost; the same for every backbone.
+
+    Attributes:
+        epochs, lrs, hidden: of the two-layer heads; every learning rate is tried on the split.
+        radii, regs, tol: of the convex heads.
+        rounds: adversarial rounds of the variants that have them.
+        max_seconds: limit of one convex fit.
+    """
+
+    epochs: int = 6
+    lrs: tuple[float, ...] = (0.02, 0.1)
+    hidden: int = 256
+    radii: tuple[float, ...] = (0.5, 1.0, 2.0)
+    regs: tuple[float, ...] = (0.1, 0.03)
+    tol: float = 0.03
+    rounds: int = 2
+    max_seconds: float = 120.0
+
+
+@dataclass
+class Cost:
+    """CPU seconds of the process, and images through the backbone and back."""
+
+    seconds: float = 0.0
+    wall: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+
+    def _count(self, module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(module, Backbone):
+            self.forwards += len(output)
+            if output.requires_grad:
+                output.register_hook(self._count_backward)
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+@contextmanager
+def measured() -> Iterator[Cost]:
+    """The cost of what runs inside."""
+    cost = Cost()
+    hook = nn.modules.module.register_module_forward_hook(cost._count)
+    cpu, wall = time.process_time(), time.perf_counter()
+    try:
+        yield cost
+    finally:
+        hook.remove()
+        cost.seconds, cost.wall = time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _features(model: nn.Module, data: HeadData) -> Tensor:
+    return extract_features(replace_head(model, nn.Identity(), at="fc").backbone, data.images)
+
+
+def _own(model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int) -> tuple[nn.Module, Card]:
+    return model, {}
+
+
+def _linear(model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int) -> tuple[nn.Module, Card]:
+    with measured() as cost:
+        spliced = replace_head(model, linear_head(_features(model, data), data.labels, 10), at="fc")
+    return spliced, {"total": asdict(cost)}
+
+
+def _mlp(
+    model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int, *, recipe: Recipe | None = None
+) -> tuple[nn.Module, Card]:
+    """Two layers: on features alone, or end to end through the frozen backbone at adversarial images."""
+
+    def fitted(lr: float, rows: Tensor) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = MLPHead(features.shape[1], 10, hidden=effort.hidden, features=features[rows])
+        spliced = replace_head(model, head, at="fc")
+        spliced.head.requires_grad_(True)
+        trained: nn.Module = spliced.head if recipe is None else spliced
+        inputs = features if recipe is None else data.images
+        train(
+            trained,
+            inputs[rows],
+            data.labels[rows],
+            recipe=recipe or "standard",
+            threat=threat if recipe else None,
+            epochs=effort.epochs,
+            lr=lr,
+            seed=seed,
+        )
+        return spliced.eval().requires_grad_(False)
+
+    with measured() as total:
+        features = _features(model, data)
+        scores = []
+        for lr in effort.lrs:
+            candidate = fitted(lr, data.rest)
+            clean, robust = pgd_accuracy(candidate, data.images[data.held_out], data.labels[data.held_out], threat)
+            scores.append((robust, clean, lr))
+        robust, clean, lr = max(scores)
+        with measured() as last:
+            spliced = fitted(lr, torch.arange(len(data.labels)))
+    card = {"lr": lr, "validation_clean": clean, "validation_robust": robust}
+    return spliced, {**card, "total": asdict(total), "last": asdict(last)}
+
+
+def _convex(
+    model: nn.Module,
+    data: HeadData,
+    threat: ThreatModel,
+    effort: Effort,
+    seed: int,
+    *,
+    at: str = "fc",
+    rounds: bool = False,
+    radii: tuple[float, ...] | None = None,
+    regs: tuple[float, ...] | None = None,
+    **settings: Any,
+) -> tuple[nn.Module, Card]:
+    """``robustify`` with radius="auto"; then the chosen head once more by itself, for the cost of one fit."""
+    choose: Card = {"radii": radii or effort.radii, "regs": regs or effort.regs}
+    choose["rounds"] = effort.rounds if rounds else 0
+    common = {"at": at, "tol": effort.tol, "max_seconds": effort.max_seconds, "seed": seed, **settings}
+    pair = (data.images, data.labels)
+    with warnings.catch_warnings():
+        # Gaps stand in the card and in the table.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        with measured() as total:
+            spliced = robustify(model, pair, threat, **choose, **common)
+        head, path = spliced.head, spliced.path_
+        assert isinstance(head, ConvexRobustHead) and head.result_ is not None
+        best = max(path, key=lambda candidate: (candidate.robust, candidate.clean))
+        with measured() as last:
+            robustify(model, pair, threat, radius=head.radius, reg=head.reg, rounds=best.round, **common)
+    card = {
+        "radius": head.radius,
+        "reg": head.reg,
+        "rounds": best.round,
+        "validation_clean": best.clean,
+        "validation_robust": best.robust,
+        "gap": head.result_.gap,
+        "neurons": head.result_.neurons,
+        "path": [asdict(candidate) for candidate in path],
+    }
+    return spliced, {**card, "total": asdict(total), "last": asdict(last)}
+
+
+# On the SAM backbone the first grid ended at its largest radius; a second one, at the reg that was best there.
+_WIDE: Card = {"radii": (2.0, 3.0, 4.0, 6.0), "regs": (0.03,)}
+
+HEADS: dict[str, Fit] = {
+    "own": _own,
+    "linear": _linear,
+    "mlp": _mlp,
+    "mlp_at": partial(_mlp, recipe=PGDAdversarialTraining()),
+    "mlp_trades": partial(_mlp, recipe=Trades()),
+    "convex": _convex,
+    "convex_wide": partial(_convex, **_WIDE),
+    "convex_whitened": partial(_convex, standardise="whiten", **_WIDE),
+    "convex_rounds": partial(_convex, rounds=True, **_WIDE),
+    "convex_deep": partial(_convex, at="pool"),
+    "relu": partial(_convex, activation="relu"),
+    "gated_relu": partial(_convex, activation="gated_relu"),
+}
+
+
+def fit_head(
+    name: str, model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int
+) -> tuple[nn.Module, Card]:
+    """The model with that head, and a card: settings, validation accuracies, ``total`` and ``last`` cost.
+
+    ``total`` has the choice of hyperparameters in it, ``last`` is the fit with the chosen ones alone.
+    """
+    return HEADS[name](copy.deepcopy(model), data, threat, effort, seed)

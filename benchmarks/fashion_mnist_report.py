@@ -1,0 +1,229 @@
+"""Table, figure and verdict of the Fashion-MNIST suite, from its evaluation records alone.
+
+Differences are paired, on the same test points: exact McNemar test and Agresti-Min interval a seed. With several seeds
+the table has the mean difference, the widest reach of the intervals and the largest p.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.common import COLOURS, Column, Record, publish
+from convex_head.errors import InputError
+from convex_head.records import EvalRecord
+from convex_head.statistics import Comparison, compare
+
+HEAD_ONLY = ("linear", "mlp", "mlp_at", "mlp_trades")
+_MARKERS = {"own": "s", "linear": "v", "mlp": "^", "mlp_at": "D", "mlp_trades": "P"}
+_COSTS = ("seconds", "forwards", "backwards")
+_PARTS = ("with_choice", "fit")
+Key = tuple[str, str, str, str, str, str]
+
+
+def cell_of(record: EvalRecord) -> Record:
+    """arch, backbone, seed, head, norm, eps, attacks."""
+    return dict(record.metadata["cell"])
+
+
+def flat(record: EvalRecord) -> Record:
+    """One measurement."""
+    card = record.metadata
+    low, high = record.interval
+    total, last = card.get("total") or {}, card.get("last") or card.get("total") or {}
+    trained = card["backbone_card"]
+    return {
+        **cell_of(record),
+        "train_eps": card["train_eps"],
+        "n": record.n,
+        "clean": record.clean_accuracy,
+        "robust": record.robust_accuracy,
+        "low": low,
+        "high": high,
+        "flags": list(record.flags),
+        **{f"{name}_broke": counts["broken"] for name, counts in record.attacks.items()},
+        **{name: card.get(name) for name in ("radius", "reg", "rounds", "lr", "gap", "neurons")},
+        **{name: card.get(name) for name in ("validation_clean", "validation_robust")},
+        **{f"{name}_with_choice": total.get(name) for name in ("seconds", "forwards", "backwards")},
+        **{f"{name}_fit": last.get(name) for name in ("seconds", "forwards", "backwards")},
+        **{f"backbone_{name}": trained[name] for name in ("seconds", "forwards", "backwards")},
+        "backbone_recipe": str(trained["recipe"]),
+        "evaluation_seconds": record.seconds,
+        "load_average": card["load_average"],
+        "commit": record.commit,
+    }
+
+
+def _key(record: EvalRecord) -> Key:
+    cell = cell_of(record)
+    return tuple(cell[name] for name in ("arch", "backbone", "head", "norm", "eps", "attacks"))  # type: ignore[return-value]
+
+
+def rows_of(records: Sequence[EvalRecord]) -> list[Record]:
+    """One row for every backbone, head, threat and column of attacks; means over seeds."""
+    groups: dict[Key, dict[int, EvalRecord]] = {}
+    for record in records:
+        groups.setdefault(_key(record), {})[cell_of(record)["seed"]] = record
+    rows = []
+    for key, group in groups.items():
+        arch, name, head, norm, eps, attacks = key
+        flats = [flat(record) for record in group.values()]
+        seconds = [one["seconds_with_choice"] for one in flats if one["seconds_with_choice"] is not None]
+        own = _paired(group, groups.get((arch, name, "own", norm, eps, attacks), {})) if head != "own" else None
+        sam_key = (arch, "sam", "own", norm, eps, attacks)
+        sam = _paired(group, groups.get(sam_key, {})) if key != sam_key else None
+        rows.append(
+            {
+                **dict(zip(("arch", "backbone", "head", "norm", "eps", "attacks"), key, strict=True)),
+                "seeds": len(group),
+                "n": flats[0]["n"],
+                "clean": fmean(one["clean"] for one in flats),
+                "robust": fmean(one["robust"] for one in flats),
+                "low": min(one["low"] for one in flats),
+                "high": max(one["high"] for one in flats),
+                "seconds": fmean(seconds) if seconds else None,
+                **{f"{kind}_{part}": _mean(flats, f"{kind}_{part}") for kind in _COSTS for part in _PARTS},
+                "backbone_seconds": fmean(one["backbone_seconds"] for one in flats),
+                "own": own,
+                "sam": sam,
+            }
+        )
+    order = {name: index for index, name in enumerate(("sam", "standard", "pgd_at", "trades"))}
+    return sorted(
+        rows,
+        key=lambda row: (row["attacks"], order.get(row["backbone"], 9), row["norm"], _number(row["eps"]), row["head"]),
+    )
+
+
+def _mean(flats: Sequence[Record], name: str) -> float | None:
+    values = [one[name] for one in flats if one[name] is not None]
+    return fmean(values) if values else None
+
+
+def _number(eps: str) -> float:
+    top, _, bottom = eps.partition("/")
+    return float(top) / float(bottom or 1)
+
+
+def _paired(group: dict[int, EvalRecord], other: dict[int, EvalRecord]) -> Record | None:
+    """Mean difference, interval and p over the seeds that both have."""
+    found: list[Comparison] = [compare(group[seed], other[seed]) for seed in group if seed in other]
+    if not found:
+        return None
+    return {
+        "difference": fmean(one.difference for one in found),
+        "low": min(one.interval[0] for one in found),
+        "high": max(one.interval[1] for one in found),
+        "p": max(one.p_value for one in found),
+    }
+
+
+def verdict(rows: Sequence[Record]) -> list[str]:
+    """Where the aim holds, in numbers."""
+    lines = []
+    by = {tuple(row[k] for k in ("attacks", "backbone", "norm", "eps", "head")): row for row in rows}
+    for (attacks, name, norm, eps, head), row in by.items():
+        if not head.startswith(("convex", "relu", "gated")):
+            continue
+        sam_row = by.get((attacks, "sam", norm, eps, "own"))
+        rivals = [by[k] for h in HEAD_ONLY if (k := (attacks, name, norm, eps, h)) in by]
+        text = f"{name} + {head}, {norm} {eps} ({attacks}): {100 * row['robust']:.1f} %"
+        if row["sam"] and sam_row:
+            text += (
+                f"; against the SAM network {_shown(row['sam'])} robust, "
+                f"{100 * (row['clean'] - sam_row['clean']):+.1f} clean"
+            )
+        if rivals:
+            best = max(rivals, key=lambda one: one["robust"])
+            text += f"; best head-only baseline {best['head']} {100 * best['robust']:.1f} %"
+            trained = by.get((attacks, name, norm, eps, "mlp_at"))
+            if trained and row["seconds"] and trained["seconds"]:
+                text += f"; head-AT costs {_ratios(trained, row, 'fit')} for one fit, "
+                text += f"{_ratios(trained, row, 'with_choice')} with the choice of settings"
+        lines.append(text + ".")
+    return lines
+
+
+def _ratios(trained: Record, row: Record, part: str) -> str:
+    """What adversarial head training costs over this head, in CPU seconds and in passes through the backbone."""
+    seconds = trained[f"seconds_{part}"] / row[f"seconds_{part}"]
+    one, other = (entry[f"forwards_{part}"] + entry[f"backwards_{part}"] for entry in (trained, row))
+    return f"{seconds:.1f} times its CPU seconds and {one / other:.0f} times its passes"
+
+
+def _shown(pair: Record | None) -> str:
+    if pair is None:
+        return "-"
+    low, high = 100 * pair["low"], 100 * pair["high"]
+    return f"{100 * pair['difference']:+.1f} ({low:+.1f} to {high:+.1f}), p = {pair['p']:.2g}"
+
+
+def draw(pyplot: Any, rows: Sequence[Record]) -> None:
+    """Robust accuracy against the CPU seconds that the head took, its choices included."""
+    shown = [row for row in rows if row["norm"] == "Linf"]
+    # One column a figure: the one with most finished cells.
+    columns = [row["attacks"] for row in shown]
+    attacks = max(("autoattack", "apgd"), key=columns.count)
+    shown = [row for row in shown if row["attacks"] == attacks]
+    pairs = sorted({(row["backbone"], row["eps"]) for row in shown}, key=lambda one: (one[0], _number(one[1])))
+    for number, (name, eps) in enumerate(pairs):
+        colour = COLOURS[number % len(COLOURS)]
+        for row in shown:
+            if (row["backbone"], row["eps"]) == (name, eps):
+                head = row["head"]
+                marker = _MARKERS.get(head, "o" if head == "convex" else "*")
+                # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
+                pyplot.plot(max(row["seconds"] or 0.1, 0.1), 100 * row["robust"], marker, color=colour, markersize=7)
+        pyplot.plot([], [], "-", color=colour, label=f"{name}, {eps}")
+    for head, marker in {**_MARKERS, "convex": "o", "convex variants": "*"}.items():
+        pyplot.plot([], [], marker, color="0.4", label=head)
+    pyplot.xscale("log")
+    pyplot.xlabel("CPU seconds of the head, choice of its settings included (own: 0, at the left edge)")
+    pyplot.ylabel("robust test accuracy, %")
+    pyplot.title(f"Fashion-MNIST, {attacks} and adaptive attacks")
+    pyplot.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def report(options: argparse.Namespace, records: Sequence[EvalRecord]) -> None:
+    """Print and write what is finished.
+
+    Raises:
+        InputError: nothing is.
+    """
+    if not records:
+        raise InputError("A report needs finished cells; found none. Run python -m benchmarks.fashion_mnist first.")
+    rows = rows_of(records)
+    percent = "{:.1f}".format
+    for row in rows:
+        row["own_shown"], row["sam_shown"] = _shown(row["own"]), _shown(row["sam"])
+        row["robust_shown"] = (
+            f"{percent(100 * row['robust'])} ({percent(100 * row['low'])}-{percent(100 * row['high'])})"
+        )
+    columns = [
+        Column("backbone", "backbone"),
+        Column("head", "head"),
+        Column("norm", "norm"),
+        Column("eps", "eps"),
+        Column("attacks", "attacks"),
+        Column("seeds", "seeds"),
+        Column("n", "n"),
+        Column("clean", "clean, %", lambda value: percent(100 * value)),
+        Column("robust_shown", "robust, % (95 %)"),
+        Column("own_shown", "over own head, points"),
+        Column("sam_shown", "over SAM network, points"),
+        Column("seconds_fit", "one fit, CPU s", percent),
+        Column("seconds", "with choice, CPU s", percent),
+        Column("forwards_with_choice", "forwards", "{:.0f}".format),
+        Column("backwards_with_choice", "backwards", "{:.0f}".format),
+    ]
+    publish(
+        options,
+        "Fashion-MNIST: robust accuracy by backbone and head",
+        [flat(record) for record in records],
+        rows,
+        columns,
+        lambda pyplot: draw(pyplot, rows),
+        verdict(rows),
+    )

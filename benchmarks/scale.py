@@ -1,0 +1,175 @@
+"""What an exact pass over the data costs: against two matrix products, against n from disk, against the classes.
+
+    python -m benchmarks.scale            up to a million rows of 512 features; minutes, 2 GB in a temporary folder
+    python -m benchmarks.scale --quick    seconds
+
+A pass is one exact evaluation of the robust objective and its gradient (worst cases of every margin that matters). The
+floor is what no exact method can avoid: the projections of all rows on all neurons and the product back, measured in
+the same process. Every line is a process of its own, so that its peak memory is its own: "disk" reads a memory-mapped
+file in every pass, "memory" holds the features. Times are CPU seconds, because the machine may be busy. Features are
+synthetic (clusters, a spectrum that falls like 1/k, cut off at zero); the network has taken 30 L-BFGS steps on 2,000
+rows, 5 where there are 100 classes.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import Column, Record, arguments, load_average, publish, synthetic_features
+from convex_head.adversary.margins import PackedNetwork
+from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.solvers.lbfgs import minimise
+
+NAME = "scale"
+_BLOCK = 20_000
+_STEPS = 30
+_FEW_STEPS = 5
+
+
+def write_features(path: Path, rows: int, width: int, classes: int) -> np.ndarray:
+    """Write synthetic features block by block; returns the labels."""
+    labels = np.empty(rows, dtype=np.int64)
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for i, start in enumerate(range(0, rows, _BLOCK)):
+            x, y = synthetic_features(min(_BLOCK, rows - start), width, classes, seed=i)
+            x.numpy().tofile(file)
+            labels[start : start + len(x)] = y.numpy()
+    return labels
+
+
+def cpu_seconds(work: Any, repeats: int) -> float:
+    """The least CPU time of ``repeats`` runs."""
+    found = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        found.append(time.process_time() - began)
+    return min(found)
+
+
+def measure(setting: Record, threads: int) -> Record:
+    """One pass in this process, and the floor next to it."""
+    torch.set_num_threads(threads)
+    rows, width, classes, neurons = (setting[name] for name in ("rows", "features", "classes", "neurons"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.npy"
+        labels = torch.from_numpy(write_features(path, rows, width, classes))
+        mapped = np.load(path, mmap_mode="r")
+        disk = setting["source"] == "disk"
+        features = mapped if disk else torch.from_numpy(np.array(mapped))
+        options = {"num_classes": classes, "radius": 0.5, "reg": 1e-2, "loss": setting["loss"], "dtype": torch.float32}
+        problem = PolynomialProblem(features, labels, stream=disk, **options)
+        small = problem.sample(2000, 0)
+        start = small.pack(small.random_network(neurons // 2, 0))
+        mu, blur = 0.1, small.blur(0.1)
+
+        def objective(vectors: torch.Tensor) -> tuple[float, torch.Tensor]:
+            point = small.evaluate(PackedNetwork.of(vectors, start.signs), mu, blur)
+            return point.smoothed, point.gradient
+
+        vectors, _ = minimise(
+            objective,
+            start.vectors,
+            converged=lambda vectors, gradient: False,
+            max_evaluations=_STEPS if classes < 100 else _FEW_STEPS,
+            stop=lambda: False,
+            metric=small.metric(),
+        )
+        packed = PackedNetwork.of(vectors, start.signs)
+        weights = packed.vectors.float().reshape(-1, width)
+        block = torch.from_numpy(np.array(mapped[: min(rows, 10_000)]))
+        load = load_average()
+        repeats = 1 if rows > 200_000 else 2
+
+        def floor() -> None:
+            for part in block.split(4096):
+                (part @ weights.mT).mT @ part
+
+        problem.evaluate(small.pack(small.random_network(1, 0)), mu, blur)
+        pass_seconds = cpu_seconds(lambda: problem.evaluate(packed, mu, blur), repeats)
+        floor_seconds = cpu_seconds(floor, 3) * rows / len(block)
+    return setting | {
+        "cpu_seconds": pass_seconds,
+        "floor_cpu_seconds": floor_seconds,
+        "ratio": pass_seconds / floor_seconds,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "feature_mib": rows * width * 4 / 2**20,
+        "threads": threads,
+        "load_average": load,
+    }
+
+
+def settings(quick: bool) -> list[Record]:
+    """What is measured."""
+    width, neurons = (32, 8) if quick else (512, 32)
+    base = {"features": width, "classes": 10, "neurons": neurons, "loss": "crammer_singer", "source": "disk"}
+    sizes = (2_000, 8_000) if quick else (10_000, 100_000, 1_000_000)
+    found = [base | {"rows": rows} for rows in sizes]
+    found.append(base | {"rows": 4_000 if quick else 50_000, "source": "memory"})
+    many = ((50, 2, 2_000),) if quick else ((100, 4, 10_000),)
+    for classes, each, rows in many:
+        for loss in ("crammer_singer", "one_vs_rest"):
+            wide = {"rows": rows, "classes": classes, "neurons": each, "loss": loss, "source": "memory"}
+            found.append(base | wide)
+    return found
+
+
+def exponent(records: list[Record], key: str) -> float:
+    """Slope of log(key) against log(rows) from the smallest to the largest of the rows from disk."""
+    first, *_, last = sorted((r for r in records if r["source"] == "disk"), key=lambda r: r["rows"])
+    return math.log(last[key] / first[key]) / math.log(last["rows"] / first["rows"])
+
+
+def draw(pyplot: Any, records: list[Record]) -> None:
+    """CPU seconds and peak memory against the rows from disk."""
+    disk = [r for r in records if r["source"] == "disk"]
+    rows = [r["rows"] for r in disk]
+    pyplot.loglog(rows, [r["cpu_seconds"] for r in disk], marker="o", label="exact pass, CPU seconds")
+    pyplot.loglog(rows, [r["floor_cpu_seconds"] for r in disk], marker="o", label="two matrix products, CPU seconds")
+    pyplot.loglog(rows, [r["peak_mib"] for r in disk], marker="s", label="peak memory, MiB")
+    pyplot.loglog(rows, [r["feature_mib"] for r in disk], linestyle="--", label="features on disk, MiB")
+    pyplot.xlabel("rows")
+    pyplot.title(f"Passes over features on disk, d = {disk[0]['features']}, C = {disk[0]['classes']}")
+    pyplot.legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, print, write."""
+    options = arguments(NAME, __doc__, argv)
+    records = []
+    for setting in settings(options.quick):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            records.append(pool.submit(measure, setting, options.threads).result())
+    columns = [
+        Column("rows", "rows", "{:,}".format),
+        Column("source", "from"),
+        Column("classes", "classes"),
+        Column("neurons", "neurons a class"),
+        Column("loss", "loss"),
+        Column("cpu_seconds", "pass, CPU s", "{:.2f}".format),
+        Column("ratio", "times the floor", "{:.1f}".format),
+        Column("peak_mib", "peak MiB", "{:,.0f}".format),
+        Column("feature_mib", "features MiB", "{:,.0f}".format),
+    ]
+    time_growth, memory_growth = exponent(records, "cpu_seconds"), exponent(records, "peak_mib")
+    notes = (
+        f"From disk, time grows like rows^{time_growth:.2f} and peak memory like rows^{memory_growth:.2f}. "
+        "Peak memory includes torch itself and the labels.",
+    )
+    publish(options, "Cost of an exact pass", records, records, columns, lambda pyplot: draw(pyplot, records), notes)
+
+
+if __name__ == "__main__":
+    main()

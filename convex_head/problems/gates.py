@@ -1,0 +1,356 @@
+"""Robust training of networks with fixed gates: what ReLU and gated ReLU heads share.
+
+Features x in R^d carry a constant, xt = [x; 1], which no perturbation changes. P gates g_p in R^(d+1) are fixed before
+training; d_ip = 1[g_p'xt_i >= 0]. A network is a set of vectors theta_pc in R^(d+1), one a gate and function, and
+
+    f_c(x_i) = xt_i' sum_p d_ip theta_pc.
+
+Its margins are those of the loss (problems/losses.py): forms h_ik = sum_c B_ikc f_c. In a ball of radius r
+
+    w_ik = xt_i' D_ik - r |D_ik|_* + sum_{p in U_i} min(0, xt_i' D_pk - r |D_pk|_*)
+    D_ik = sum_{p in S_i} B_ik theta_p
+
+where S_i holds the gates that are on, U_i those counted as able to flip (problems/gated_relu.py), |.|_* is the ball's
+dual norm of the first d entries: 2 for "l2", 1 for "linf". The training problem is
+
+    F = (1/n) sum_i loss(w_i) + reg sum_g |v_g| + penalty(v)          |v_g| the 2-norm, d+1 entries
+
+with one group g a gate, function and, for ReLU, sign. Every term but the norm is a support function,
+max <a, 1 - M v>, of slopes s (problems/losses.py), points of the ball, and shares of gates; so for any of these
+
+    F >= sum s + reg sum_g |v_g| - sum_g m_g'v_g >= sum s  if  max_g |m_g| <= reg,   m = -gradient of the smooth terms
+
+and otherwise after scaling by reg / max_g |m_g|. Smoothing every maximum (Y. Nesterov, Math. Program. 103 (2005)) makes
+slopes and points unique: the gradient of the smoothed problem is such an m, so each gradient gives a lower bound.
+Slopes and constraints are smoothed around a centre, their last maximisers; moving it is the method of multipliers
+(R. T. Rockafellar, Math. Oper. Res. 1 (1976)), which converges at a fixed width.
+
+Source: the convex reformulation by sign patterns of M. Pilanci and T. Ergen (ICML 2020), made robust by Y. Bai,
+T. Gautam and S. Sojoudi, arXiv 2201.01965; patterns sampled as in arXiv 2405.14033.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convex_head.errors import StartError
+from convex_head.problems.losses import get_loss
+from convex_head.problems.patterns import with_constant
+
+_CHUNK_ELEMENTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class GateNetwork:
+    """A network on fixed gates.
+
+    Attributes:
+        gates: (P, d+1) unit rows; the last entry belongs to the constant feature.
+        vectors: (G, F, d+1); G = P for gated ReLU, G = 2 P for ReLU: v_p, then v'_p with theta = v - v'.
+    """
+
+    gates: Tensor
+    vectors: Tensor
+
+    @property
+    def size(self) -> int:
+        """Neurons: non-zero vectors."""
+        return int((self.vectors != 0).any(-1).sum())
+
+    @property
+    def norm(self) -> Tensor:
+        """sum_g |v_g|; scalar."""
+        return self.vectors.norm(dim=-1).sum()
+
+
+@dataclass(frozen=True)
+class GateEvaluation:
+    """Smoothed objective, its gradient (G, F, d+1), the exact objective and a lower bound of the optimum."""
+
+    smooth: float
+    gradient: Tensor
+    primal: float
+    dual: float
+
+
+@dataclass(frozen=True)
+class Centre:
+    """Where smoothing is centred: slopes (n, K) of the loss; shares (n, G, F) of the constraints' weight, or None."""
+
+    slopes: Tensor
+    shares: Tensor | None
+
+
+def dual_norm(v: Tensor, ball: str) -> Tensor:
+    """Dual norm of the ball over the last axis, the constant's entry left out; (..., d+1) -> (...)."""
+    return v[..., :-1].abs().sum(-1) if ball == "linf" else v[..., :-1].norm(dim=-1)
+
+
+class GateProblem:
+    """Margins, objective, gradient and bound; subclasses say which gates flip and what is penalised.
+
+    Args:
+        features: (n, d) standardised.
+        labels: (n,).
+        gates: (P, d+1).
+        num_classes: C.
+        radius: of the feature ball.
+        reg: weight of the group norm.
+        loss: name in problems/losses.py; for C = 2 the hinge.
+        ball: "l2" or "linf".
+        dtype: of the bulk computation.
+    """
+
+    signs = 1
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        gates: Tensor,
+        *,
+        num_classes: int,
+        radius: float,
+        reg: float,
+        loss: str,
+        ball: str = "l2",
+        dtype: torch.dtype = torch.float64,
+    ):
+        self.num_classes, self.radius, self.reg, self.ball = num_classes, float(radius), float(reg), ball
+        self.loss, self._loss = loss, get_loss(loss)
+        self.num_functions = 1 if num_classes == 2 else num_classes
+        self.gates, self.labels, self.dtype = gates, labels, dtype
+        wide = with_constant(features.double())
+        score = wide @ gates.mT
+        self.on = (score >= 0).to(dtype)
+        self.x = wide.to(dtype)
+        self.flip = self._flips(score)
+        if self.flip is not None:
+            self.on = self.on * (1 - self.flip)
+        self._plus, self._minus, self._sign = self._forms()
+        self._chunks = self._chunk()
+
+    def _chunk(self) -> list[slice]:
+        groups, functions, width = self.shape
+        size = max(1, _CHUNK_ELEMENTS // (functions * max(width, groups)))
+        return [slice(i, min(i + size, self.n)) for i in range(0, self.n, size)]
+
+    def rows(self, index: Tensor) -> GateProblem:
+        """The problem on some of the examples."""
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "gates":
+                setattr(part, name, value[index])
+        part._chunks = part._chunk()
+        return part
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.x.shape[0]
+
+    @property
+    def d(self) -> int:
+        """Number of features, the constant left out."""
+        return self.x.shape[1] - 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, F, d+1) of the vectors."""
+        return self.signs * self.gates.shape[0], self.num_functions, self.d + 1
+
+    @property
+    def num_margins(self) -> int:
+        """K: 1 (binary), C (one_vs_rest) or C - 1 (pairwise; classes other than y in increasing order)."""
+        return self._plus.shape[1]
+
+    def _flips(self, score: Tensor) -> Tensor | None:
+        """(n, P) 1 where a gate is counted as able to flip; None for nowhere."""
+        return None
+
+    def _forms(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Form k of example i is sign * (f_plus - f_minus)."""
+        y, c = self.labels, self.num_classes
+        every = torch.arange(c, device=y.device)
+        if c == 2:
+            return torch.zeros_like(y)[:, None], None, (2 * y - 1)[:, None].to(self.dtype)
+        if not self._loss.pairwise:
+            sign = 2 * (every == y[:, None]).to(self.dtype) - 1
+            return every.expand(self.n, c), None, sign
+        others = every[: c - 1].expand(self.n, c - 1)
+        others = others + (others >= y[:, None])
+        return y[:, None].expand_as(others), others, self.x.new_ones(others.shape)
+
+    def theta(self, vectors: Tensor) -> Tensor:
+        """(P, F, d+1) from (G, F, d+1)."""
+        return vectors
+
+    def check_start(self, start: GateNetwork) -> GateNetwork:
+        """A warm start on this problem's device; its gates are those of the problem.
+
+        Raises:
+            StartError: other gates, functions or features.
+        """
+        vectors = start.vectors.to(self.x.device).double()
+        if tuple(vectors.shape) != self.shape or not torch.equal(start.gates.to(self.gates), self.gates):
+            raise StartError(
+                f"start must be a network of shape {self.shape} (vectors, functions, features + 1) on this problem's "
+                f"gates; found {tuple(vectors.shape)}. Start from a head fitted with the same settings."
+            )
+        return GateNetwork(self.gates, vectors)
+
+    def zero(self) -> GateNetwork:
+        """The zero network."""
+        return GateNetwork(self.gates, torch.zeros(self.shape, dtype=torch.float64, device=self.x.device))
+
+    # -- margins ----------------------------------------------------------------------------------------------
+
+    def margins(self, network: GateNetwork) -> Tensor:
+        """(n, K) worst-case margins w, float64."""
+        with torch.no_grad():
+            theta = self.theta(network.vectors.to(self.dtype))
+            return torch.cat([self._margins(theta, chunk)[0] for chunk in self._chunks]).double()
+
+    def values(self, network: GateNetwork) -> Tensor:
+        """(n, F) f_c(x_i) of the convex model, float64."""
+        theta = self.theta(network.vectors.double())
+        out = []
+        for chunk in self._chunks:
+            x = self.x[chunk].double()
+            on = (x @ self.gates.mT >= 0).double()
+            out.append(torch.einsum("np,npf->nf", on, torch.einsum("nd,pfd->npf", x, theta)))
+        return torch.cat(out)
+
+    def _margins(self, theta: Tensor, chunk: slice, mu: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Exact and smoothed (width mu) margins of a chunk, (B, K) each."""
+        x = self.x[chunk]
+        combined = (self.on[chunk] @ theta.flatten(1)).unflatten(1, theta.shape[1:])
+        forms = self._form(combined, chunk)
+        clean = torch.einsum("bd,bkd->bk", x, forms)
+        exact, smooth = self._norms(forms, mu)
+        exact, smooth = clean - exact, clean - smooth
+        if self.flip is not None:
+            score = torch.einsum("bd,pfd->bpf", x, theta)
+            plus, sign = self._plus[chunk], self._sign[chunk]
+            minus = None if self._minus is None else self._minus[chunk]
+            by_form = self._pick(score, plus, minus) * sign[:, None, :]
+            # |theta_py - theta_pk|_* once a pair of functions, not once an example.
+            pairs = theta[:, :, None] - theta[:, None] if minus is not None else theta[:, :, None]
+            hard_norm, soft_norm = (t.flatten(1) for t in self._norms(pairs, mu / theta.shape[0]))
+            index = plus if minus is None else plus * theta.shape[1] + minus
+            flip = self.flip[chunk][:, :, None]
+            loss = (hard_norm[:, index].movedim(0, 1) - by_form).clamp_min(0)
+            exact = exact - (flip * loss).sum(1)
+            soft = soft_norm[:, index].movedim(0, 1) - by_form
+            smooth = smooth - (flip * smooth_hinge(soft, mu / theta.shape[0])).sum(1)
+        return exact, smooth
+
+    def _form(self, values: Tensor, chunk: slice) -> Tensor:
+        """sign * (v_plus - v_minus) of (B, F, d+1) values; (B, K, d+1)."""
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        picked = values[rows, self._plus[chunk]]
+        if self._minus is not None:
+            picked = picked - values[rows, self._minus[chunk]]
+        return picked * self._sign[chunk].unsqueeze(-1)
+
+    @staticmethod
+    def _pick(score: Tensor, plus: Tensor, minus: Tensor | None) -> Tensor:
+        """(B, P, F) scores to (B, P, K) of f_plus - f_minus."""
+        index = plus[:, None, :].expand(-1, score.shape[1], -1)
+        picked = score.gather(2, index)
+        return picked if minus is None else picked - score.gather(2, minus[:, None, :].expand_as(index))
+
+    def _norms(self, v: Tensor, mu: float) -> tuple[Tensor, Tensor]:
+        """r |v|_* and its smoothed version with a bias of at most mu / 2."""
+        if self.radius == 0:
+            zero = v.new_zeros(v.shape[:-1])
+            return zero, zero
+        if self.ball == "linf":
+            size = v[..., :-1].abs()
+            width = mu / (self.radius * self.d)
+            return self.radius * size.sum(-1), self.radius * huber(size, width).sum(-1)
+        size = v[..., :-1].norm(dim=-1)
+        return self.radius * size, self.radius * huber(size, mu / self.radius)
+
+    # -- objective --------------------------------------------------------------------------------------------
+
+    def objective(self, network: GateNetwork) -> float:
+        """Exact objective F; inf where hard constraints are violated beyond the feasibility tolerance."""
+        loss = self._loss.value(self.margins(network), self.num_classes).mean()
+        return float(loss) + self.reg * float(network.norm) + self.penalty(network)
+
+    def penalty(self, network: GateNetwork) -> float:
+        """Penalty of the constraints."""
+        return 0.0
+
+    def _penalty(
+        self, vectors: Tensor, chunk: slice, mu: float, narrow: float, centre: Centre
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Exact and smoothed sum of penalties of a chunk, and the shares (B, G, F) behind the smoothed one."""
+        return None
+
+    def centre(self) -> Centre:
+        """Plain smoothing: all slopes and shares are drawn to zero."""
+        return Centre(self.x.new_zeros(self.n, self.num_margins), None)
+
+    def evaluate(self, vectors: Tensor, mu: float, narrow: float, centre: Centre) -> tuple[GateEvaluation, Centre]:
+        """Smoothed objective, its gradient, and what both prove.
+
+        Args:
+            vectors: (G, F, d+1) float64.
+            mu: smoothing width of the loss and the constraints, > 0, in margin units.
+            narrow: smoothing width of the norms, and of the gates that can flip.
+            centre: smoothing subtracts (mu/2) |s - centre|^2 from every maximum over s.
+
+        Returns:
+            The evaluation, and the maximisers s: a better centre, with which the bias of the smoothing shrinks.
+        """
+        v = vectors.detach().to(self.dtype).requires_grad_()
+        gradient = torch.zeros_like(v)
+        smooth = hard = mass = 0.0
+        all_slopes, all_shares = [], []
+        share = self._loss.share(self.num_classes)
+        with torch.enable_grad():
+            for chunk in self._chunks:
+                exact, margins = self._margins(self.theta(v), chunk, narrow)
+                # Shifted by the centre, the maximum of the loss is the centred one up to a constant.
+                shift = mu / share * centre.slopes[chunk]
+                value, slopes = self._loss.smoothed(margins.detach() - shift, self.num_classes, mu)
+                constant = 0.5 * mu / share * centre.slopes[chunk].square().sum()
+                surrogate = -(slopes * margins).sum()
+                smooth += float((value.sum() - constant).double())
+                hard += float(self._loss.value(exact.detach(), self.num_classes).double().sum())
+                mass += float(slopes.double().sum())
+                all_slopes.append(slopes)
+                penalty = self._penalty(v, chunk, mu, narrow, centre)
+                if penalty is not None:
+                    surrogate = surrogate + penalty[1]
+                    hard += float(penalty[0].detach())
+                    smooth += float(penalty[1].detach())
+                    all_shares.append(penalty[2])
+                gradient += torch.autograd.grad(surrogate, v)[0]
+        gradient = gradient.double() / self.n
+        norm = self.reg * float(vectors.norm(dim=-1).sum())
+        largest = float(gradient.norm(dim=-1).max())
+        dual = mass / self.n * min(1.0, self.reg / max(largest, 1e-300))
+        found = GateEvaluation(smooth / self.n + norm, gradient, hard / self.n + norm, dual)
+        return found, Centre(torch.cat(all_slopes), torch.cat(all_shares) if all_shares else None)
+
+
+def huber(size: Tensor, width: float) -> Tensor:
+    """|t| smoothed: t^2 / (2 width) inside the width, |t| - width / 2 outside."""
+    if width <= 0:
+        return size
+    return torch.where(size <= width, size.square() / (2 * width), size - 0.5 * width)
+
+
+def smooth_hinge(z: Tensor, width: float) -> Tensor:
+    """max(0, z) smoothed: 0, z^2 / (2 width), z - width / 2."""
+    if width <= 0:
+        return z.clamp_min(0)
+    s = (z / width).clamp(0, 1)
+    return s * (z - 0.5 * width * s)

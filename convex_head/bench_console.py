@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from convex_head.bench import BenchSettings, plan, record_path, run_bench
-from convex_head.console import error_line, messages, progress_bars, results
+from convex_head.console import error_line, finish_task, json_out, messages, progress_bars, results
 from convex_head.records import EvalRecord
 from convex_head.report import Entry, render_page
 from convex_head.report.terminal import comparison_lines, footnotes, results_table
@@ -35,7 +34,7 @@ def run_on_console(settings: BenchSettings, out: Path, *, jobs: int, as_json: bo
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render_page(entries, title="convex-head bench", note=_NOTE), encoding="utf-8")
     if as_json:
-        print(json.dumps([record.to_dict() for record in records], allow_nan=False))
+        json_out([record.to_dict() for record in records])
     else:
         _show(records)
         console.print(f"records: {out}/records    page: {page}", style="bold", markup=False)
@@ -90,11 +89,13 @@ class _Display:
         self.bars.update(self.all, completed=sum(self.shares.values()))
 
     def _finish(self, event: Event) -> None:
-        if event.task in self.lines:
-            self.bars.remove_task(self.lines.pop(event.task))
-        if event.kind == "done":
-            self.console.print(f"done {event.task}", style="dim", markup=False)
+        task = self.lines.pop(event.task, None)
+        if event.kind == "done" and task is not None:
+            finish_task(self.bars, task, f"done {event.task}")
             return
         error_line(self.console, f"{event.task}: {event.text}")
         if self.debug and event.details:
             self.console.print(event.details, markup=False)
+        if task is not None:
+            self.bars.remove_task(task)
+            self.bars.refresh()

@@ -6,19 +6,30 @@ wait until a command runs, so that --help is quick.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from convex_head.cli_common import EXIT_CODES, FAILED, DataDir, Debug, EpsCurve, Json, Quiet, Seed, guarded
+from convex_head.cli_common import (
+    EXIT_CODES,
+    FAILED,
+    DataDir,
+    Debug,
+    EpsCurve,
+    Json,
+    OneLineErrors,
+    Quiet,
+    Seed,
+    guarded,
+)
 from convex_head.cli_leaderboard import leaderboard
-from convex_head.console import messages, results
+from convex_head.console import json_out, messages, results, waiting
 
 app = typer.Typer(
     name="convex-head",
+    cls=OneLineErrors,
     help="Swap a network's last layers for a certified convex robust head; measure robustness honestly.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -82,6 +93,7 @@ def fit(
     Under torchrun every process takes its share of the rows, and the first one writes the head.
     """
     from convex_head.feature_files import read_features
+    from convex_head.fit_progress import fit_progress
     from convex_head.head import ConvexRobustHead
     from convex_head.shards import processes
 
@@ -89,17 +101,19 @@ def fit(
     with processes() as (rank, count):
         x, y, classes = read_features(Path(data), labels, stream=stream, part=(rank, count))
         head = ConvexRobustHead(x.shape[1], classes, radius=radius, reg=reg, loss=loss, **settings)
-        head.fit(
-            x,
-            y,
-            solver=solver,
-            tol=tol,
-            max_seconds=max_seconds,
-            seed=seed,
-            progress=False if quiet or rank else None,
-            checkpoint=checkpoint,
-            distributed=count > 1,
-        )
+        with fit_progress(messages(quiet=quiet or rank > 0), tol, max_seconds) as callback:
+            head.fit(
+                x,
+                y,
+                solver=solver,
+                tol=tol,
+                max_seconds=max_seconds,
+                seed=seed,
+                progress=False,
+                callback=callback,
+                checkpoint=checkpoint,
+                distributed=count > 1,
+            )
     if rank:
         return
     head.save(out)
@@ -114,7 +128,12 @@ def fit(
         "neurons": result.neurons,
         "seconds": result.seconds,
     }
-    _print(facts, as_json)
+    if as_json:
+        json_out(facts)
+    else:
+        for key, value in facts.items():
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            results().print(f"{key:12} {shown}", markup=False)
     if not result.converged:
         raise typer.Exit(FAILED)
 
@@ -169,17 +188,18 @@ def evaluate(
     from convex_head.splice import replace_head
     from convex_head.threat import ThreatModel
 
-    threat = ThreatModel(threat_model, eps)
-    points = load_dataset(dataset, split="test", data_dir=data_dir, n=n_ex)
-    net: Any = build_model(
-        model,
-        num_classes=points.num_classes,
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        dataset=dataset,
-        threat=threat,
-        model_dir=model_dir,
-    )
+    console, threat = messages(quiet=quiet), ThreatModel(threat_model, eps)
+    with waiting(console, "loading data and model"):
+        points = load_dataset(dataset, split="test", data_dir=data_dir, n=n_ex)
+        net: Any = build_model(
+            model,
+            num_classes=points.num_classes,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            dataset=dataset,
+            threat=threat,
+            model_dir=model_dir,
+        )
     metadata: dict[str, Any] = {"backbone": model}
     if head is not None:
         fitted = ConvexRobustHead.load(head)
@@ -207,17 +227,20 @@ def evaluate(
         else:
             record = evaluate_curve(net, points, threat, _radii(eps_curve), **settings)
     if examples:
-        pictures = adversarial_examples(net, points, threat, examples, seed=seed, batch_size=batch_size)
+        with waiting(console, "pictures"):
+            pictures = adversarial_examples(net, points, threat, examples, seed=seed, batch_size=batch_size)
         record = dataclasses.replace(record, metadata={**record.metadata, "examples": pictures})
     if out is not None:
         record.save(out)
     if as_json:
-        print(json.dumps(record.to_dict(), allow_nan=False))
+        json_out(record.to_dict())
     else:
-        console = results()
-        console.print(results_table([record], "", {}, width=console.width))
+        out_console = results()
+        out_console.print(results_table([record], "", {}, width=out_console.width))
         for line in footnotes([record]):
-            messages(quiet=quiet).print(line, style="dim", markup=False)
+            console.print(line, style="dim", markup=False)
+        if out is not None:
+            console.print(f"wrote {out}", markup=False)
     if record.flags:
         raise typer.Exit(FAILED)
 
@@ -229,6 +252,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="report.html, report.pdf, or report.tex for a table.")],
     title: Annotated[str, typer.Option(help="Heading of HTML and PDF.")] = "Robustness evaluation",
     pictures: Annotated[bool, typer.Option(help="Show the adversarial examples that records carry.")] = True,
+    as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -240,24 +264,30 @@ def report(
     if out.suffix not in (".html", ".pdf", ".tex"):
         raise InputError(f"--out ends in .html, .pdf or .tex; found {out}. Choose one of these.")
     loaded = [EvalRecord.load(path) for path in records]
-    if out.suffix == ".pdf":
-        write_pdf(loaded, out, title=title, pictures=pictures)
-    else:
-        text = render_latex(loaded) if out.suffix == ".tex" else render_report(loaded, title=title, pictures=pictures)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
-    messages(quiet=quiet).print(f"wrote {out}", markup=False)
+    with waiting(messages(quiet=quiet), f"writing {out.name}"):
+        if out.suffix == ".pdf":
+            write_pdf(loaded, out, title=title, pictures=pictures)
+        else:
+            latex = out.suffix == ".tex"
+            text = render_latex(loaded) if latex else render_report(loaded, title=title, pictures=pictures)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text, encoding="utf-8")
+    if as_json:
+        flagged = [record.name for record in loaded if record.flags]
+        json_out({"written": os.fspath(out), "records": [record.name for record in loaded], "flagged": flagged})
+    messages(quiet=quiet or as_json).print(f"wrote {out}", markup=False)
 
 
 @app.command(epilog=EXIT_CODES)
 @guarded
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
+def doctor(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """What is installed, what is broken upstream, and the remedy; exit code 1 if the core does not work."""
     from convex_head.doctor import examine, findings_table
 
-    findings = examine()
+    with waiting(messages(quiet=quiet), "importing what is installed"):
+        findings = examine()
     if as_json:
-        print(json.dumps([finding.to_dict() for finding in findings]))
+        json_out([finding.to_dict() for finding in findings])
     else:
         results().print(findings_table(findings))
     if any(finding.state == "broken" and finding.needed for finding in findings):
@@ -272,15 +302,6 @@ def _radii(text: str | None) -> tuple[str, ...]:
 def _cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts, allow_nan=False))
-        return
-    for key, value in facts.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
-        results().print(f"{key:12} {shown}", markup=False)
 
 
 def main() -> None:

@@ -10,12 +10,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from convex_head.console import error_line, messages
+from convex_head.console import error_line, messages, warning_line
 from convex_head.errors import ConvexHeadError
 
 EXIT_CODES = (
@@ -34,13 +37,55 @@ EpsCurve = Annotated[
 DataDir = Annotated[str | None, typer.Option("--data-dir", "--data_dir", help="Folder of the dataset's files.")]
 
 
+class OneLineErrors(TyperGroup):
+    """A command group that answers wrong usage with one line and the next step, like every other error."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; with ``standalone_mode`` end the process with the exit code."""
+        run = functools.partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except Exception as error:
+            # The class of a usage error differs between Typer's versions.
+            say = getattr(error, "format_message", None)
+            if say is None:
+                raise
+            context = getattr(error, "ctx", None)
+            if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+                print(context.get_help())
+            else:
+                path = context.command_path if context is not None else "convex-head"
+                error_line(messages(), f"{say().rstrip('.')}. '{path} --help' lists what there is.")
+            code = USAGE
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose errors are one line on stderr and an exit code; its keyword ``debug`` shows tracebacks."""
+    """A command whose errors and warnings are one line each on stderr; its keyword ``debug`` shows where they arose."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings(record=not kwargs.get("debug")) as caught:
+            try:
+                _run(args, kwargs)
+            finally:  # after the last bar
+                _show_warnings(caught or [], bool(kwargs.get("quiet")))
+
+    def _run(args: Any, kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:  # the reader of a pipe has seen enough
+            raise
         except KeyboardInterrupt:
             messages().print("interrupted; what is finished is kept, the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
@@ -55,6 +100,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(UNEXPECTED) from None
 
     return run
+
+
+def _show_warnings(caught: Sequence[warnings.WarningMessage], quiet: bool) -> None:
+    """This package's own warnings, one line each; those of other packages are for --debug."""
+    for item in caught:
+        if item.category.__module__.startswith("convex_head"):
+            warning_line(messages(quiet=quiet), str(item.message))
 
 
 def _show(error: Exception, text: str, kwargs: dict[str, Any]) -> None:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convex_head.cli_common import EXIT_CODES, FAILED, Debug, Quiet, guarded
-from convex_head.console import error_line, messages, results
+from convex_head.cli_common import EXIT_CODES, FAILED, Debug, Json, OneLineErrors, Quiet, guarded
+from convex_head.console import error_line, json_out, messages, results, waiting
 from convex_head.errors import EntryError
 
 if TYPE_CHECKING:
+    from convex_head.certificate_check import Certificate
     from convex_head.report import Entry
 
-leaderboard = typer.Typer(help="Build, check and extend a leaderboard.", no_args_is_help=True, epilog=EXIT_CODES)
+leaderboard = typer.Typer(
+    cls=OneLineErrors, help="Build, check and extend a leaderboard.", no_args_is_help=True, epilog=EXIT_CODES
+)
 
 Folder = Annotated[Path, typer.Option("--dir", help="Folder with entries/, index.html and LEADERBOARD.md.")]
 _DEFAULT = Path("leaderboard")
+_NO_FOLDER = "{} is no folder; add a first record with 'convex-head leaderboard add'."
 
 
 @leaderboard.command(epilog=EXIT_CODES)
 @guarded
-def build(folder: Folder = _DEFAULT, quiet: Quiet = False, debug: Debug = False) -> None:
+def build(folder: Folder = _DEFAULT, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Write index.html and LEADERBOARD.md from entries/*.json."""
-    for path, text in _generated(folder).items():
-        path.write_text(text, encoding="utf-8")
-        messages(quiet=quiet).print(f"wrote {path}", markup=False)
+    entries = _entries(folder)
+    written = _write_pages(folder, entries)
+    if as_json:
+        json_out({"entries": len(entries), "written": [os.fspath(path) for path in written]})
+    _say_written(written, quiet or as_json)
 
 
 @leaderboard.command(epilog=EXIT_CODES)
@@ -39,6 +46,7 @@ def check(
     features: Annotated[Path | None, typer.Option(help=".npz or .npy of the features it was trained on.")] = None,
     labels: Annotated[Path | None, typer.Option(help=".npy of labels, for a .npy of features.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Limit of the certificate's fresh solve.")] = None,
+    as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -51,6 +59,8 @@ def check(
     given = (entry, head, features)
     if any(item is None for item in given) and any(item is not None for item in given):
         raise EntryError("A certificate is recomputed from an entry, --head and --features; give all three.")
+    if not folder.is_dir():
+        raise EntryError(_NO_FOLDER.format(folder))
     problems = []
     paths = sorted((folder / "entries").glob("*.json"))
     for path in paths:
@@ -61,41 +71,50 @@ def check(
     if not problems:
         stale = [
             path.name
-            for path, text in _generated(folder).items()
+            for path, text in _pages(folder, _entries(folder)).items()
             if not path.exists() or path.read_text(encoding="utf-8") != text
         ]
         problems += [f"{name} is not what the entries give; run 'convex-head leaderboard build'." for name in stale]
+    facts: dict[str, Any] = {"entries": len(paths), "consistent": True, "problems": problems}
     if not problems and entry is not None and head is not None and features is not None:
-        problems += _certificate_problem(folder, entry, head, features, labels, max_seconds, quiet)
+        try:
+            found = _certificate(folder, entry, head, features, labels, max_seconds, quiet)
+        except EntryError as error:
+            problems.append(str(error))
+        else:
+            facts["certificate"] = {"entry": entry, **asdict(found)}
+            messages(quiet=quiet or as_json).print(
+                f"{entry}: objective {found.objective:.6g}, lower bound {found.lower_bound:.6g}, gap {found.gap:.2e}: "
+                "the certificate holds",
+                markup=False,
+            )
+    facts["consistent"] = not problems
+    if as_json:
+        json_out(facts)
     for problem in problems:
         error_line(messages(), problem)
     if problems:
         raise typer.Exit(FAILED)
-    messages(quiet=quiet).print(f"{len(paths)} entries are consistent, the pages are current")
+    messages(quiet=quiet or as_json).print(f"{len(paths)} entries are consistent, the pages are current")
 
 
-def _certificate_problem(
+def _certificate(
     folder: Path, name: str, head: Path, features: Path, labels: Path | None, max_seconds: float | None, quiet: bool
-) -> list[str]:
-    """What is wrong with an entry's certificate; nothing where it is confirmed."""
+) -> Certificate:
+    """The certificate of an entry, recomputed.
+
+    Raises:
+        EntryError: the weights or a fresh lower bound contradict the entry.
+    """
     from convex_head.certificate_check import check_certificate
     from convex_head.feature_files import read_features
     from convex_head.head import ConvexRobustHead
     from convex_head.report import Entry
 
     record = Entry.load(folder / "entries" / f"{name.removesuffix('.json')}.json").record
-    try:
-        found = check_certificate(
-            record, ConvexRobustHead.load(head), *read_features(features, labels)[:2], max_seconds=max_seconds
-        )
-    except EntryError as error:
-        return [str(error)]
-    messages(quiet=quiet).print(
-        f"{record.name}: objective {found.objective:.6g}, lower bound {found.lower_bound:.6g}, gap {found.gap:.2e}: "
-        "the certificate holds",
-        markup=False,
-    )
-    return []
+    fitted, data = ConvexRobustHead.load(head), read_features(features, labels)
+    with waiting(messages(quiet=quiet), "solving again for a lower bound"):
+        return check_certificate(record, fitted, *data[:2], max_seconds=max_seconds)
 
 
 @leaderboard.command(epilog=EXIT_CODES)
@@ -108,6 +127,7 @@ def add(
     venue: Annotated[str, typer.Option()] = "",
     additional_data: Annotated[bool, typer.Option(help="Trained on more than the dataset.")] = False,
     replace: Annotated[bool, typer.Option(help="Overwrite an entry of the same name.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -133,11 +153,12 @@ def add(
             refused.append(str(error))
         else:
             entries[entry.id] = entry
-    for entry in entries.values():
-        written = entry.save(folder / "entries")
-        messages(quiet=quiet).print(f"wrote {written}", markup=False)
+    written = [entry.save(folder / "entries") for entry in entries.values()]
     if entries:
-        build(folder=folder, quiet=quiet, debug=debug)
+        written += _write_pages(folder, _entries(folder))
+    if as_json:
+        json_out({"added": list(entries), "refused": refused, "written": [os.fspath(path) for path in written]})
+    _say_written(written, quiet or as_json)
     for problem in refused:
         error_line(messages(), problem)
     if refused:
@@ -149,6 +170,7 @@ def add(
 def serve(
     folder: Folder = _DEFAULT,
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -156,7 +178,10 @@ def serve(
     from convex_head.page_server import page_server
 
     with page_server(folder, port) as server:
-        messages(quiet=quiet).print(f"http://127.0.0.1:{server.server_port}/ shows {folder}; Ctrl-C ends", markup=False)
+        url = f"http://127.0.0.1:{server.server_port}/"
+        if as_json:
+            json_out({"url": url, "folder": os.fspath(folder)})
+        messages(quiet=quiet or as_json).print(f"{url} shows {folder}; Ctrl-C ends", markup=False)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -170,6 +195,8 @@ def export(
     robustbench: Annotated[
         Path | None, typer.Option(help="Folder for one JSON an entry with RobustBench's fields alone.")
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Print the RobustBench fields of all entries as JSON, or write files for those that RobustBench would list."""
@@ -180,29 +207,51 @@ def export(
 
     entries = ranked(_entries(folder))
     if robustbench is None:
-        results().print_json(json.dumps([entry.robustbench for entry in entries]))
+        listed = [entry.robustbench for entry in entries]
+        if as_json:
+            json_out(listed)
+        else:
+            results().print_json(data=listed)
         return
+    written, left_out = [], {}
     for entry in entries:
         keys = ("authors", "link", "venue", "architecture", "additional_data", "reported")
         try:
             payload = export_record(entry.record, **{key: entry.robustbench[key] for key in keys})
         except RecordError as error:
-            messages().print(f"left out {entry.id}: {error}", markup=False)
+            left_out[entry.id] = str(error)
         else:
-            write_json(robustbench / f"{entry.id}.json", payload, indent=2)
+            written.append(robustbench / f"{entry.id}.json")
+            write_json(written[-1], payload, indent=2)
+    if as_json:
+        json_out({"written": [os.fspath(path) for path in written], "left_out": left_out})
+    _say_written(written, quiet or as_json)
+    for name, reason in left_out.items():
+        messages(quiet=quiet or as_json).print(f"left out {name}: {reason}", markup=False)
 
 
 def _entries(folder: Path) -> list[Entry]:
     from convex_head.report import load_entries
 
     if not folder.is_dir():
-        raise EntryError(f"{folder} is no folder; add a first record with 'convex-head leaderboard add'.")
+        raise EntryError(_NO_FOLDER.format(folder))
     return load_entries(folder / "entries")
 
 
-def _generated(folder: Path) -> dict[Path, str]:
+def _pages(folder: Path, entries: list[Entry]) -> dict[Path, str]:
     """Path -> content of everything that is built from the entries."""
     from convex_head.report import render_markdown, render_page
 
-    entries = _entries(folder)
     return {folder / "index.html": render_page(entries), folder / "LEADERBOARD.md": render_markdown(entries)}
+
+
+def _write_pages(folder: Path, entries: list[Entry]) -> list[Path]:
+    pages = _pages(folder, entries)
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return list(pages)
+
+
+def _say_written(paths: list[Path], quiet: bool) -> None:
+    for path in paths:
+        messages(quiet=quiet).print(f"wrote {path}", markup=False)

@@ -23,6 +23,7 @@ from torch import nn
 from convex_head.attacks.registry import AttackLike, resolve_attacks
 from convex_head.errors import ComparisonError, InputError
 from convex_head.evaluate import evaluate
+from convex_head.evaluation_progress import Listener, at_radius, listening
 from convex_head.records import EvalRecord
 from convex_head.threat import ThreatModel
 
@@ -37,6 +38,7 @@ def evaluate_curve(
     attacks: AttackLike | Iterable[AttackLike] = ("autoattack",),
     *,
     state: str | os.PathLike[str] | None = None,
+    progress: Listener | bool | None = None,
     **settings: Any,
 ) -> EvalRecord:
     """The record of :func:`~convex_head.evaluate.evaluate` at ``threat``, with a curve over ``eps``.
@@ -46,6 +48,7 @@ def evaluate_curve(
         threat: norm and eps of the record.
         eps: further radii, each > 0, in any order; the record's own may be among them.
         state: file of progress at the record's eps; the other radii keep theirs beside it.
+        progress: as for ``evaluate``; the events of all radii count as one run, and name their eps.
 
     Returns:
         the record, with ``curve`` in ascending order. Flags of any radius are flags of the record.
@@ -58,10 +61,12 @@ def evaluate_curve(
     """
     others = _radii(threat, eps)
     chosen = resolve_attacks(attacks)
-    found = {
-        radius.eps: evaluate(model, data, radius, chosen, state=_state_file(state, radius, threat), **settings)
-        for radius in sorted({*others, threat}, key=lambda radius: radius.eps)
-    }
+    radii = sorted({*others, threat}, key=lambda radius: radius.eps)
+    found = {}
+    with listening(progress) as listener:
+        for number, radius in enumerate(radii):
+            file, tell = _state_file(state, radius, threat), at_radius(listener, radius.eps_text, number, len(radii))
+            found[radius.eps] = evaluate(model, data, radius, chosen, state=file, progress=tell, **settings)
     return join(found[threat.eps], [found[radius.eps] for radius in others])
 
 

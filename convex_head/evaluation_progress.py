@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from time import monotonic
 from typing import TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
+
+from convex_head.console import clock, finish_task, messages, progress_bars
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class EvalProgress:
         stage_index, stages: position among the stages of all attacks, from 0, and their number.
         robust_correct: points right without attack and under everything so far.
         n: all points.
+        eps: text of the radius, where several are attacked one after the other.
     """
 
     attack: str
@@ -32,6 +35,7 @@ class EvalProgress:
     stages: int
     robust_correct: int
     n: int
+    eps: str = ""
 
     @property
     def fraction(self) -> float:
@@ -45,37 +49,46 @@ Listener: TypeAlias = Callable[[EvalProgress], None]
 
 @contextmanager
 def listening(progress: Listener | bool | None) -> Iterator[Listener]:
-    """A listener from what the caller gave: nothing, True for a bar on stderr, or a callable."""
+    """A listener from what the caller gave: nothing, True for bars on stderr, or a callable."""
     if callable(progress):
         yield progress
     elif not progress:
         yield lambda event: None
     else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("robust {task.fields[robust]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            yield _Bar(bar)
+        with progress_bars(messages()) as bars:
+            yield _Bars(bars)
 
 
-class _Bar:
-    """One line a stage."""
+def at_radius(listener: Listener, eps: str, number: int, count: int) -> Listener:
+    """What an evaluation at radius ``number`` (from 0) of ``count`` tells, as a part of all of them."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._tasks: dict[int, TaskID] = {}
+    def tell(event: EvalProgress) -> None:
+        index = event.stage_index + number * event.stages
+        listener(replace(event, eps=eps, stage_index=index, stages=count * event.stages))
+
+    return tell
+
+
+class _Bars:
+    """A bar for all attacks and one for the present stage; a line that stays for each finished stage."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._all = bars.add_task("checking the model", total=None, note="")
+        self._stage: tuple[int, TaskID, float] | None = None
 
     def __call__(self, event: EvalProgress) -> None:
         label = event.attack if event.attack == event.stage else f"{event.attack} {event.stage}"
-        robust = f"{event.robust_correct}/{event.n}"
-        if event.stage_index not in self._tasks:
-            self._tasks[event.stage_index] = self._bar.add_task(label, total=event.batches, robust=robust)
-        self._bar.update(
-            self._tasks[event.stage_index], completed=event.batch, total=max(1, event.batches), robust=robust
-        )
-        if event.batches == 0:
-            self._bar.update(self._tasks[event.stage_index], completed=1)
+        label = f"eps {event.eps} {label}" if event.eps else label
+        robust = f"robust {event.robust_correct}/{event.n}"
+        total = max(1, event.batches)
+        if self._stage is None:
+            self._bars.reset(self._all, description="all attacks", total=1.0, note="", begun=event.fraction)
+        if self._stage is None or self._stage[0] != event.stage_index:
+            task = self._bars.add_task(label, total=total, note=robust, begun=event.batch / total)
+            self._stage = (event.stage_index, task, monotonic())
+        _, task, began = self._stage
+        self._bars.update(task, completed=event.batch, note=robust)
+        self._bars.update(self._all, completed=event.fraction)
+        if event.batch >= event.batches:
+            finish_task(self._bars, task, f"{label}: {robust} in {clock(monotonic() - began)}")

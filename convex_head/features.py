@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from convex_head.console import messages, progress_bars
 from convex_head.data import Dataset
 from convex_head.errors import (
     EmptyDataError,
@@ -201,10 +201,10 @@ def _reporting(progress: bool | Report, size: int | None) -> Iterator[Callable[[
     elif not progress:
         yield lambda done: None
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task("features", total=size)
-            yield lambda done: bar.update(task, completed=done)
+        whole = "" if size is None else f"/{size}"
+        with progress_bars(messages()) as bars:
+            task = bars.add_task("features", total=size, note="")
+            yield lambda done: bars.update(task, completed=done, note=f"{done}{whole} images")
 
 
 def _describe(value: Any) -> str:

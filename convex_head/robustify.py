@@ -10,12 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from convex_head.baselines.pgd import pgd_accuracy
+from convex_head.console import clock, messages
 from convex_head.data import as_pair
 from convex_head.displacement import attacked_images, displacement_map
 from convex_head.errors import ConvergenceWarning, InputError, RadiusError
@@ -69,7 +71,7 @@ def robustify(
     standardise: str = "scale",
     rounds: int = 0,
     cache_dir: Any = None,
-    progress: Callable[[str], Any] | None = None,
+    progress: Callable[[str], Any] | bool | None = None,
     **head_settings: Any,
 ) -> SplicedModel:
     """Extract features, choose radius and regularisation, fit a certified head on all of them, splice.
@@ -92,7 +94,7 @@ def robustify(
         rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
             what is found as further centres, refit. Validation chooses the number, 0 among them.
         cache_dir: folder of the feature cache, or None.
-        progress: called with one line of text a step.
+        progress: True for a line a step on stderr, with the time left, or a function that gets the lines.
         **head_settings: passed to :class:`~convex_head.head.ConvexRobustHead` (loss, coefficients, ...).
 
     Returns:
@@ -107,11 +109,12 @@ def robustify(
         raise InputError(f"standardise must be 'scale' or 'whiten'; found {standardise!r}.")
     if rounds < 0:
         raise InputError(f"rounds must be at least 0; found {rounds}. 0 fits on clean features.")
-    say = progress or (lambda line: None)
     images, labels = as_pair(train_data)
     num_classes = int(labels.max()) + 1
     path_radii = _candidates("radius", radius, radii)
     path_regs = _candidates("reg", reg, regs)
+    candidates = len(path_radii) * len(path_regs)
+    say = _teller(progress, 2 if candidates == 1 else 2 + candidates + rounds)
     say("extracting features")
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     labels = labels.to(device)
@@ -153,7 +156,7 @@ def robustify(
     everything = torch.arange(len(labels))
     start, path, chosen_rounds = None, [], rounds
     chosen_radius, chosen_reg = path_radii[0], path_regs[0]
-    if len(path_radii) * len(path_regs) > 1:
+    if candidates > 1:
         rest, held_out = _split(len(labels), validation_share, seed)
         heads = []
         with warnings.catch_warnings():
@@ -205,3 +208,21 @@ def _split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held_out = int(share * n)
     return shuffled[held_out:], shuffled[:held_out]
+
+
+def _teller(progress: Callable[[str], Any] | bool | None, steps: int) -> Callable[[str], Any]:
+    """What to call with one line at each of ``steps``; the lines on stderr say how far the path is."""
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda line: None
+    console, began, told = messages(), monotonic(), 0
+
+    def say(line: str) -> None:
+        nonlocal told
+        told += 1
+        elapsed = monotonic() - began
+        left = f", about {clock(elapsed * (steps - told + 1) / (told - 1))} left" if told > 2 else ""
+        console.print(f"[{told}/{steps}] {line}{left}", style="dim", markup=False)
+
+    return say

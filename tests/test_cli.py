@@ -264,3 +264,72 @@ def test_bench_interrupted_keeps_what_is_done(tmp_path):
     assert process.returncode == 130, rest
     assert "interrupted" in rest and "rows are in" in rest and "Traceback" not in rest
     assert stdout == "" and list((tmp_path / "backbones").glob("*.pt"))
+
+
+def test_warnings_are_one_line_after_the_result(features, tmp_path):
+    arguments = ("fit", features, "-o", tmp_path / "h.safetensors", "--tol", 1e-12, "--max-seconds", 0.2)
+    lines = run(*arguments, code=1).stderr.splitlines()
+    assert [line.startswith("warning: ") for line in lines] == [True] and "was not reached" in lines[0]
+    assert run(*arguments, "--quiet", code=1).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), "nonsense"),
+        (("evaluate",), "--model"),
+        (("bench", "--n-ex", "many"), "--n-ex"),
+        (("bench", "--fast"), "--fast"),
+        (("leaderboard", "chekc"), "chekc"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_the_next_step(arguments, message):
+    (line,) = run(*arguments, code=2).stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line and "--help' lists" in line
+
+
+def test_without_a_command_there_is_the_help():
+    assert "Commands" in run(code=2).output and "Commands" in run("leaderboard", code=2).output
+
+
+def test_a_pipe_that_closes_is_no_error(tmp_path):
+    code = "import os, sys; sys.stdout.close(); os._exit(0)"
+    reader = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    reader.wait()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convex_head", "doctor", "--json"],
+        stdout=reader.stdin, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    reader.stdin.close()
+    stderr = process.communicate(timeout=120)[1]
+    assert "unexpected" not in stderr and process.returncode != 70
+
+
+def commands():
+    """(names, command) of every command of the program."""
+    import typer.main
+
+    def walk(group, names):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from walk(command, (*names, name))
+            else:
+                yield (*names, name), command
+
+    return list(walk(typer.main.get_command(app), ()))
+
+
+def test_every_command_has_json_quiet_and_debug():
+    assert len(commands()) == 10
+    for names, command in commands():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--quiet", "--debug"} <= options, names
+        assert "Exit codes" in command.epilog
+
+
+def test_doctor_is_silent_beside_its_result():
+    done = subprocess.run(
+        [sys.executable, "-m", "convex_head", "doctor", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert {"python", "torch"} <= {finding["subject"] for finding in json.loads(done.stdout)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +16,9 @@ from convex_head.statistics import Comparison, compare
 SIGNIFICANT = 0.05
 
 
-_NARROW, _SLIM = 125, 92
+# What a table shows, from a wide terminal to a narrow one.
+_ATTACKS, _COSTS, _CERTIFICATE, _INTERVAL, _ACCURACIES = range(5)
+_NAME_WRAPS = 24
 
 
 def results_table(
@@ -27,36 +30,54 @@ def results_table(
         records: in the order of the lines; a rule is drawn where the backbone's training changes.
         title: above the table.
         controls: name of a record -> the record that it is compared with.
-        width: of the terminal; where it is narrow, the columns of the single attacks stay in the records.
+        width: of the terminal; where it is narrow, what matters least stays in the records: first the single attacks,
+            then radius and seconds, then gap and comparison, then the interval.
     """
-    attacks = attack_names(records) if width >= _NARROW else []
-    whole = width >= _SLIM
-    numbers = ["clean %", "robust % (95 %)", *map(short_attack, attacks)]
-    numbers += ["radius", "gap"] if whole else ["gap"]
-    numbers += ["vs control"] if controls else []
-    numbers += ["seconds"] if whole else []
-    labels = ["training", "head"] if all("head" in record.metadata for record in records) else ["model"]
+    measure = Console(width=10_000)
+    longest = max((len(record.name) for record in records), default=0)
+    wraps = 0 if _labels(records) != ["model"] else max(0, longest - _NAME_WRAPS)
+    for detail in range(5):
+        found = _table(records, title, controls, detail)
+        if measure.measure(found).maximum - wraps <= width:
+            break
+    return found
+
+
+def _table(records: Sequence[EvalRecord], title: str, controls: dict[str, EvalRecord], detail: int) -> Table:
+    attacks = attack_names(records) if detail <= _ATTACKS else []
+    costs, interval = detail <= _COSTS, detail <= _INTERVAL
+    certified = detail <= _CERTIFICATE and any(gap_text(record) for record in records)
+    compared = detail <= _CERTIFICATE and bool(controls)
+    numbers = ["clean %", "robust % (95 %)"] if interval else ["clean", "robust"]
+    numbers += map(short_attack, attacks)
+    numbers += (["radius"] if costs and certified else []) + (["gap"] if certified else [])
+    numbers += (["vs control"] if compared else []) + (["seconds"] if costs else [])
+    labels = _labels(records)
     result = table(title, [*labels, *numbers], right=frozenset(numbers))
     for record, following in zip(records, [*records[1:], None], strict=True):
         low, high = record.interval
         names = [record.metadata.get(label, "") for label in labels] if len(labels) > 1 else [record.name]
-        control = controls.get(record.name)
         result.add_row(
             *(Text(str(name)) for name in names),
             percent(record.clean_accuracy),
             Text.assemble(
                 (percent(record.robust_accuracy), "bold"),
                 ("!" if record.flags else "", "bold red"),
-                f" ({percent(low)}-{percent(high)})",
+                f" ({percent(low)}-{percent(high)})" if interval else "",
             ),
             *(_after(record, name) for name in attacks),
-            *([_number(record, "radius", "g")] if whole else []),
-            gap_text(record),
-            *([_difference(record, control)] if controls else []),
-            *([f"{record.seconds:.0f}"] if whole else []),
+            *([_number(record, "radius", "g")] if costs and certified else []),
+            *([gap_text(record)] if certified else []),
+            *([_difference(record, controls.get(record.name))] if compared else []),
+            *([f"{record.seconds:.0f}"] if costs else []),
             end_section=following is not None and following.metadata.get("training") != record.metadata.get("training"),
         )
     return result
+
+
+def _labels(records: Sequence[EvalRecord]) -> list[str]:
+    """Columns that name a record."""
+    return ["training", "head"] if all("head" in record.metadata for record in records) else ["model"]
 
 
 def attack_names(records: Iterable[EvalRecord]) -> list[str]:

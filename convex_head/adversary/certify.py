@@ -53,9 +53,10 @@ class RobustGeometry:
                 group = step.group_pass.group
                 chosen = (rival[group.rows] == group.columns) & group.real()
                 block, position = chosen.nonzero(as_tuple=True)
+                bases = step.group_pass.basis()
                 for g in block.unique().tolist():
                     here = position[block == g]
-                    out[order[group.rows[g, here]]] += step.ehat[g, here] @ step.group_pass.basis[g].mT
+                    out[order[group.rows[g, here]]] += step.ehat[g, here] @ bases[g].mT
         return out
 
     def _worst(self, scan: MarginScan, chunk: Chunk, radius: float) -> tuple[Tensor, list[Step]]:

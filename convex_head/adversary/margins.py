@@ -5,13 +5,17 @@ With v_j = sqrt|alpha_j| u_j and sigma_j = sign(alpha_j), a network is f_c(x) = 
     phi(v, x) = a (v'x)^2 + b |v| v'x + c |v|^2                                      (C^1 in v, v = 0 included)
 
 A margin is a signed form h = f_p - f_q (or y f_p alone) and again a quadratic, with Hessian
-2a V' diag(beta) V for the stacked neurons V (K x d) and their signs beta. All examples share it, so one QR of V'
-and one K x K eigendecomposition a form serve the whole data set:
+2a V' diag(beta) V for the stacked neurons V (K x d) and their signs beta. All examples share it, so two K x K
+eigendecompositions a form serve the whole data set, and none of them sees d:
 
-    V' = Q R,   2a R diag(beta) R' = Y diag(lambda) Y',   E = Q Y (d x k),   P = R'Y (K x k)
+    V V' = W diag(s) W',   R = diag(s)^(1/2) W',   2a R diag(beta) R' = Y diag(lambda) Y'
+    P = R'Y (K x k),   Z = W diag(s)^(-1/2) Y (K x k),   E = V'Z (d x k) with E'E = I
 
 Then an example needs only its projections tau = V x: its gradient in the eigenbasis is (beta (2a tau + b nu)) P,
 nu_j = |v_j|, a step e = E ehat moves the projections by P ehat, and no n x d temporary appears.
+
+All is float64. A direction with s below 1e-13 of the largest is left out of Z: its share of a gradient is below 3e-7 of
+the largest, and no point leaves its ball for want of it.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from torch import Tensor
 
 from convex_head.problems.base import Network
 
-# Above this many forms (46 classes in pairs) factors are made when asked for, because each holds d x k numbers.
+# Above this many forms (46 classes in pairs) factors are made when asked for, because each holds K x k numbers.
 _EAGER_FORMS = 1100
+_NULL = 1e-13
 
 
 @dataclass(frozen=True)
@@ -108,21 +113,30 @@ class Forms:
         if self.minus is not None:
             out.index_add_(0, self.minus, per_form[:, m:])
 
+    def scatter_pairs(self, per_form: Tensor, out: Tensor) -> None:
+        """Add the blocks of (T, K, K) to (F, F, m, m), by the functions of row and column."""
+        m = out.shape[-1]
+        ends = [self.plus] if self.minus is None else [self.plus, self.minus]
+        for i, row in enumerate(ends):
+            for j, column in enumerate(ends):
+                block = per_form[:, i * m : (i + 1) * m, j * m : (j + 1) * m]
+                out.index_put_((row, column), block, accumulate=True)
+
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Factors of some forms (module docstring), in the dtype of the bulk computation."""
+    """Factors of some forms (module docstring), in the dtype of the bulk computation but for ``combination``."""
 
     eigenvalues: Tensor  # (G, k)
-    basis: Tensor  # (G, d, k)
-    lift: Tensor  # (G, K, k)
+    lift: Tensor  # (G, K, k) P
+    combination: Tensor  # (G, K, k) Z, float64
     beta: Tensor  # (G, K)
     nu: Tensor  # (G, K)
     constant: Tensor  # (G,)
 
     def take(self, index: Tensor) -> Spectrum:
         """The factors of some of the forms."""
-        parts = (self.eigenvalues, self.basis, self.lift, self.beta, self.nu, self.constant)
+        parts = (self.eigenvalues, self.lift, self.combination, self.beta, self.nu, self.constant)
         return Spectrum(*(part[index] for part in parts))
 
 
@@ -140,11 +154,13 @@ class Screen:
     offset: Tensor  # (F, 1, m)
 
     @staticmethod
-    def build(packed: PackedNetwork, coefficients: tuple[float, float, float], dtype: torch.dtype) -> Screen:
-        """Factor the Gram matrix of every function, in float64."""
+    def build(
+        packed: PackedNetwork, gram: Tensor, coefficients: tuple[float, float, float], dtype: torch.dtype
+    ) -> Screen:
+        """Factor the products (F, m, m) of every function's neurons, in float64."""
         a, b, c = coefficients
-        vectors, beta, nu = packed.vectors.double(), packed.signs.double(), packed.nu.double()
-        eigenvalues, y = torch.linalg.eigh(vectors @ vectors.mT)
+        beta, nu = packed.signs.double(), packed.nu.double()
+        eigenvalues, y = torch.linalg.eigh(gram)
         factor = y * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
         parts = (
             a * beta.unsqueeze(-1),
@@ -179,23 +195,30 @@ class Spectra:
         self, packed: PackedNetwork, forms: Forms, coefficients: tuple[float, float, float], dtype: torch.dtype
     ):
         self.packed, self.forms, self.coefficients, self.dtype = packed, forms, coefficients, dtype
-        self.width = packed.signs.shape[1] * (1 if forms.minus is None else 2)
+        functions, m, d = packed.vectors.shape
+        self.width = m * (1 if forms.minus is None else 2)
+        flat = packed.vectors.double().reshape(functions * m, d)
+        # (F, F, m, m): products of the neurons of every two functions.
+        self._gram = (flat @ flat.mT).view(functions, m, functions, m).transpose(1, 2)
         many = len(forms.plus) > _EAGER_FORMS
-        self._all = None if many else spectrum(packed, forms, coefficients, dtype)
+        self._all = None if many else self._factor(forms)
         self._curvatures: tuple[Tensor, Tensor] | None = None
         self._screen: Screen | None = None
 
     def screen(self) -> Screen:
         """Values and gradient norms of all functions at many points."""
         if self._screen is None:
-            self._screen = Screen.build(self.packed, self.coefficients, self.dtype)
+            own = torch.diagonal(self._gram, dim1=0, dim2=1).permute(2, 0, 1)
+            self._screen = Screen.build(self.packed, own, self.coefficients, self.dtype)
         return self._screen
 
     def take(self, index: Tensor) -> Spectrum:
         """Factors of the forms with these indices (G,)."""
-        if self._all is not None:
-            return self._all.take(index)
-        return spectrum(self.packed, self.forms.take(index), self.coefficients, self.dtype)
+        return self._factor(self.forms.take(index)) if self._all is None else self._all.take(index)
+
+    def basis(self, index: Tensor, combination: Tensor) -> Tensor:
+        """E = V'Z (G, d, k), float64, of the forms with these indices and their Z (G, K, k)."""
+        return self.forms.take(index).gather(self.packed.vectors.double()).mT @ combination
 
     def curvatures(self) -> tuple[Tensor, Tensor]:
         """Smallest (at most 0) and largest (at least 0) eigenvalue of every form, (T,) each.
@@ -207,9 +230,8 @@ class Spectra:
                 low, high = self._all.eigenvalues.amin(-1), self._all.eigenvalues.amax(-1)
                 self._curvatures = low.clamp_max(0), high.clamp_min(0)
             else:
-                single = Forms(torch.arange(len(self.packed.signs), device=self.packed.signs.device), None)
-                own = spectrum(self.packed, single, self.coefficients, self.dtype).eigenvalues
-                low, high = own.amin(-1).clamp_max(0), own.amax(-1).clamp_min(0)
+                own = self._factor(Forms(torch.arange(len(self.packed.signs), device=self.packed.signs.device), None))
+                low, high = own.eigenvalues.amin(-1).clamp_max(0), own.eigenvalues.amax(-1).clamp_min(0)
                 plus, minus = self.forms.plus, self.forms.minus
                 if minus is None:
                     self._curvatures = low[plus], high[plus]
@@ -217,22 +239,28 @@ class Spectra:
                     self._curvatures = low[plus] - high[minus], high[plus] - low[minus]
         return self._curvatures
 
-
-def spectrum(
-    packed: PackedNetwork, forms: Forms, coefficients: tuple[float, float, float], dtype: torch.dtype
-) -> Spectrum:
-    """QR and eigendecomposition of every form, computed in float64 and handed over in ``dtype``."""
-    a, _, c = coefficients
-    vectors = packed.vectors.double()
-    signs = packed.signs.double()
-    stacked = forms.gather(vectors)
-    beta = signs[forms.plus]
-    if forms.minus is not None:
-        beta = torch.cat([beta, -signs[forms.minus]], dim=1)
-    q, r = torch.linalg.qr(stacked.mT)
-    hessian = 2 * a * (r * beta.unsqueeze(1)) @ r.mT
-    eigenvalues, y = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
-    nu = forms.gather(packed.nu.double())
-    constant = c * (beta * nu.square()).sum(-1)
-    parts = (eigenvalues, q @ y, r.mT @ y, beta, nu, constant)
-    return Spectrum(*(t.to(dtype) for t in parts))
+    def _factor(self, forms: Forms) -> Spectrum:
+        a, _, c = self.coefficients
+        signs, nu = self.packed.signs.double(), forms.gather(self.packed.nu.double())
+        plus, minus = forms.plus, forms.minus
+        if minus is None:
+            beta, gram = signs[plus], self._gram[plus, plus]
+        else:
+            beta = torch.cat([signs[plus], -signs[minus]], dim=1)
+            upper = torch.cat([self._gram[plus, plus], self._gram[plus, minus]], dim=2)
+            lower = torch.cat([self._gram[minus, plus], self._gram[minus, minus]], dim=2)
+            gram = torch.cat([upper, lower], dim=1)
+        square, w = torch.linalg.eigh(gram)
+        # The rank is at most d; eigenvalues ascend.
+        rank = min(self.packed.vectors.shape[-1], gram.shape[-1])
+        square, w = square[:, -rank:].clamp_min(0), w[:, :, -rank:]
+        root = square.sqrt()
+        kept = square > _NULL * square[:, -1:]
+        inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), torch.zeros_like(root))
+        r = root.unsqueeze(-1) * w.mT
+        hessian = 2 * a * (r * beta.unsqueeze(1)) @ r.mT
+        eigenvalues, y = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
+        constant = c * (beta * nu.square()).sum(-1)
+        bulk = (part.to(self.dtype) for part in (eigenvalues, r.mT @ y, beta, nu, constant))
+        eigenvalues, lift, beta, nu, constant = bulk
+        return Spectrum(eigenvalues, lift, (w * inverse.unsqueeze(1)) @ y, beta, nu, constant)

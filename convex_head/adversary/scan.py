@@ -209,11 +209,19 @@ class GroupPass:
         self.functions = [f.unsqueeze(1) for f in (own.plus, own.minus) if f is not None]
         spec = spectra.take(group.forms)
         sign = group.signs.to(spec.nu.dtype).unsqueeze(1)
-        self.basis, self.lift = spec.basis, spec.lift
+        self.lift, self._combination, self._spectra = spec.lift, spec.combination, spectra
         self.eigenvalues = spec.eigenvalues * sign
         self.nu = spec.nu.unsqueeze(1)
         self.beta = spec.beta.unsqueeze(1) * sign.unsqueeze(1)
         self.constant = spec.constant.unsqueeze(1) * sign
+
+    def basis(self) -> Tensor:
+        """E (G, d, k), orthonormal, in the bulk dtype: steps are E ehat."""
+        return self._spectra.basis(self.group.forms, self._combination).to(self.lift.dtype)
+
+    def combine(self, in_basis: Tensor) -> Tensor:
+        """Coefficients Z in_basis (G, K, K) of the neurons, float64, for E in_basis; in_basis (G, k, K)."""
+        return self._combination @ in_basis.double()
 
     def gather(self, tau: Tensor) -> Tensor:
         """Projections (rows, F, m) -> (G, B, K)."""

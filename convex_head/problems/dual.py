@@ -14,6 +14,9 @@ from torch import Tensor
 
 from convex_head.adversary.trust_region import minimise_over_sphere
 
+# Neurons offered beside the best one.
+_MORE = 7
+
 
 @dataclass(frozen=True)
 class DualPoint:
@@ -46,12 +49,14 @@ class OracleAnswer:
 
     Attributes:
         bounds: (F, 2) upper bounds of max_u [u;1]'A[u;1] and of max_u -[u;1]'A[u;1].
-        directions: (F, 2, d) the maximisers.
+        directions: (F, 2, k, d) the maximiser, and further eigenvectors of the quadratic part, by value.
+        values: (F, 2, k) what they attain; the first is ``bounds``.
         dual: lower bound of the optimum of (P) that follows.
     """
 
     bounds: Tensor
     directions: Tensor
+    values: Tensor
     dual: float
 
 
@@ -65,15 +70,31 @@ def oracle(point: DualPoint, reg: float) -> OracleAnswer:
     eigenvalues, vectors = torch.linalg.eigh(0.5 * (q + q.mT))
     linear = 2 * (point.moments[:, :d, d].unsqueeze(1) @ vectors)
     constant = point.moments[:, d, d]
-    bounds, directions = [], []
+    bounds, directions, values = [], [], []
     for sign in (1.0, -1.0):
         # max of sign*(u'Qu + q'u + c) = -min of (-sign)(...) in the eigenbasis, where the Hessian is 2Q.
         best = minimise_over_sphere(-sign * 2 * eigenvalues, -sign * linear)
         bounds.append(sign * constant - best.value.squeeze(1))
         u = (best.minimiser @ vectors.mT).squeeze(1)
-        directions.append(u / u.norm(dim=-1, keepdim=True))
+        others, attained = _eigenvectors(sign * eigenvalues, sign * linear.squeeze(1), vectors)
+        directions.append(torch.cat([(u / u.norm(dim=-1, keepdim=True)).unsqueeze(1), others], dim=1))
+        values.append(torch.cat([bounds[-1].unsqueeze(1), attained + sign * constant.unsqueeze(1)], dim=1))
     bound = torch.stack(bounds, dim=1)
     peak = bound.amax(1)
     coupled = len(point.mass) < len(peak)
     scale = (reg / (peak.amax() if coupled else peak).clamp_min(reg)).clamp_max(1.0)
-    return OracleAnswer(bound, torch.stack(directions, dim=1), float((scale * point.mass).sum()))
+    dual = float((scale * point.mass).sum())
+    return OracleAnswer(bound, torch.stack(directions, dim=1), torch.stack(values, dim=1), dual)
+
+
+def _eigenvectors(eigenvalues: Tensor, linear: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvectors (F, k, d), signed by the linear term, of largest u'Qu + q'u, and these values (F, k).
+
+    The one nearest to the maximiser over the sphere is left out.
+    """
+    values = eigenvalues + linear.abs()
+    count = min(_MORE + 1, values.shape[1])
+    values, index = values.topk(count, dim=1)
+    chosen = vectors.gather(2, index.unsqueeze(1).expand(-1, vectors.shape[1], -1))
+    signs = torch.where(linear.gather(1, index) < 0, -1.0, 1.0)
+    return (chosen * signs.unsqueeze(1)).mT[:, 1:], values[:, 1:]

@@ -32,6 +32,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import MarginScan, Step
 from convex_head.errors import StartError
+from convex_head.problems.adjoint import Adjoint
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
 from convex_head.problems.losses import get_loss
@@ -197,7 +198,7 @@ class PolynomialProblem:
         for chunk, _, chunk_margins, steps in self._scan.passes(self._scan.spectra(self.pack(network)), self.radius):
             margins[chunk.rows] = chunk_margins.double()
             for step in steps:
-                e = (step.ehat @ step.group_pass.basis.mT).double()
+                e = (step.ehat @ step.group_pass.basis().mT).double()
                 group = step.group_pass.group
                 real = group.real()
                 rows = (group.rows + chunk.rows.start)[real]
@@ -214,25 +215,14 @@ class PolynomialProblem:
         With blur, both are those of the blurred margins, which are smooth in the weights.
         """
         spectra = self._scan.spectra(packed)
-        gradient = torch.zeros_like(packed.vectors, dtype=self.dtype)
+        adjoint = Adjoint(spectra)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        own = torch.zeros_like(packed.nu, dtype=self.dtype)
-        width = self.num_functions * packed.vectors.shape[1]
-        for chunk, tau, margins, steps in self._scan.passes(spectra, self.radius, _SATISFIED, blur):
+        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, _SATISFIED, blur):
             value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
             sums += torch.stack([value.double().sum(), self._hard(margins).double().sum()])
-            weights = slopes / -self.n
-            coefficients = torch.zeros_like(tau)
-            for step in steps:
-                group_pass = step.group_pass
-                forms = spectra.forms.take(group_pass.group.forms)
-                coefficient, in_basis, on_self = group_pass.backward(step, group_pass.load(weights))
-                group_pass.scatter(coefficient, coefficients)
-                forms.scatter((group_pass.basis @ in_basis).mT, gradient)
-                forms.scatter(on_self, own)
-            gradient.view(width, -1).addmm_(coefficients.view(-1, width).mT, chunk.x)
-        self.shard.sum(sums, gradient, own)
-        gradient += (own + 2 * self.reg).unsqueeze(-1) * packed.vectors.to(self.dtype)
+            adjoint.add(chunk.x, steps, slopes / -self.n)
+        self.shard.sum(sums, *adjoint.parts())
+        gradient = adjoint.gradient() + 2 * self.reg * packed.vectors.double()
         smooth, hard = (sums / self.n).tolist()
         penalty = self.reg * float(packed.vectors.double().square().sum())
         return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
@@ -280,11 +270,12 @@ class PolynomialProblem:
     def _add_step(self, point: DualPoint, x: Tensor, step: Step, weights: Tensor) -> None:
         """Add the moments of one group's worst cases, weighted (G, B), to a dual point."""
         group = step.group_pass.group
+        bases = step.group_pass.basis()
         for g, form in enumerate(group.forms.tolist()):
             active = weights[g].nonzero().squeeze(1)
             if len(active) == 0:
                 continue
-            basis, sign, weight = step.group_pass.basis[g], float(group.signs[g]), weights[g, active]
+            basis, sign, weight = bases[g], float(group.signs[g]), weights[g, active]
             worst = x[group.rows[g, active]] + step.ehat[g, active] @ basis.mT
             self._add_moments(point, form, sign, weight, worst)
             if step.spread is not None:

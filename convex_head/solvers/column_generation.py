@@ -47,6 +47,8 @@ _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
 _FIRST_ACCURACY = 0.03
 _SMOOTHING_SHARE = 0.6
+# Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
+_INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
 _FIRST_SAMPLE = 4096
 _SAMPLE_GROWTH = 4
@@ -66,7 +68,7 @@ class ColumnGeneration(Solver):
     name = "column_generation"
     keeps_checkpoints = True
 
-    def __init__(self, neurons: int = 4, max_iterations: int = 100, inner_evaluations: int = 1000):
+    def __init__(self, neurons: int = 8, max_iterations: int = 100, inner_evaluations: int = 1000):
         self.neurons = neurons
         self.max_iterations = max_iterations
         self.inner_evaluations = inner_evaluations
@@ -116,7 +118,8 @@ class ColumnGeneration(Solver):
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
                 mu *= _SHRINK
             elif converged:
-                accuracy *= _SHRINK
+                violation = float(answer.bounds.amax()) / problem.reg - 1
+                accuracy = min(accuracy, max(_SHRINK * accuracy, _INNER_SHARE * violation))
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy))
             run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)
@@ -204,12 +207,12 @@ class ColumnGeneration(Solver):
 
     def _add(self, network: Network, answer: OracleAnswer, reg: float) -> Network:
         """Add the neurons that violate the bound, each with a small share of the network's norm."""
-        function, sign = (answer.bounds > reg).nonzero(as_tuple=True)
+        function, sign, rank = (answer.values > reg).nonzero(as_tuple=True)
         self._memory.grow(len(sign))
         signs = torch.where(sign == 0, 1.0, -1.0).to(network.weights)
         weight = _NEW_SHARE * max(1.0, float(network.norm)) / max(1, len(sign))
         return Network(
-            torch.cat([network.directions, answer.directions[function, sign]]),
+            torch.cat([network.directions, answer.directions[function, sign, rank]]),
             torch.cat([network.weights, weight * signs]),
             torch.cat([network.function, function]),
         )

@@ -54,24 +54,29 @@ def check(
 
     With an entry, its head file and its training features, the certificate too.
     """
-    from convex_head.report import Entry, check_admissible
+    from convex_head.report import Entry, check_admissible, check_together
 
     given = (entry, head, features)
     if any(item is None for item in given) and any(item is not None for item in given):
         raise EntryError("A certificate is recomputed from an entry, --head and --features; give all three.")
     if not folder.is_dir():
         raise EntryError(_NO_FOLDER.format(folder))
-    problems = []
+    problems, entries = [], []
     paths = sorted((folder / "entries").glob("*.json"))
     for path in paths:
         try:
-            check_admissible(Entry.load(path))
+            entries.append(Entry.load(path))
+            check_admissible(entries[-1])
         except EntryError as error:
             problems.append(str(error))
+    try:
+        check_together(entries)
+    except EntryError as error:
+        problems.append(str(error))
     if not problems:
         stale = [
             path.name
-            for path, text in _pages(folder, _entries(folder)).items()
+            for path, text in _pages(folder, entries).items()
             if not path.exists() or path.read_text(encoding="utf-8") != text
         ]
         problems += [f"{name} is not what the entries give; run 'convex-head leaderboard build'." for name in stale]
@@ -133,8 +138,9 @@ def add(
 ) -> None:
     """Turn records into entries, one a name and threat; what 'check' would refuse is left out, with exit code 1."""
     from convex_head.records import EvalRecord
-    from convex_head.report import Entry, check_admissible
+    from convex_head.report import Entry, check_admissible, check_together, load_entries
 
+    listed = load_entries(folder / "entries")
     entries: dict[str, Entry] = {}
     refused = []
     for path in records:
@@ -149,6 +155,8 @@ def add(
         try:
             entry.check()
             check_admissible(entry)
+            others = [one for one in [*listed, *entries.values()] if one.id != entry.id]
+            check_together([*others, entry])
         except EntryError as error:
             refused.append(str(error))
         else:

@@ -1,5 +1,6 @@
 """What records look like: a terminal table, a leaderboard page, a report. Knows only records; imports no torch."""
 
+from convex_head.report.consistency import check_together
 from convex_head.report.document import render_latex, render_report
 from convex_head.report.entries import Entry, check_admissible, load_entries, ranked
 from convex_head.report.markdown import render_markdown
@@ -9,6 +10,7 @@ from convex_head.report.pdf import write_pdf
 __all__ = [
     "Entry",
     "check_admissible",
+    "check_together",
     "load_entries",
     "ranked",
     "render_latex",

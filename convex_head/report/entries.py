@@ -24,6 +24,7 @@ from typing import Any
 from convex_head.errors import EntryError, RecordError
 from convex_head.json_files import read_json, write_json
 from convex_head.records import EvalRecord
+from convex_head.report.consistency import check_attacks
 
 TEXT_LIMIT = 300
 ROBUSTBENCH_FIELDS: dict[str, type] = {
@@ -134,6 +135,7 @@ class Entry:
                     "Add the record again with 'convex-head leaderboard add'."
                 )
         _check_certificate(self.id, self.record)
+        check_attacks(self.id, self.record)
 
 
 def check_admissible(entry: Entry) -> None:

@@ -18,8 +18,10 @@ def render_markdown(entries: Iterable[Entry]) -> str:
     """The Markdown page of all entries, best first; ends in a newline."""
     parts = [
         "# Leaderboard",
-        "Robust accuracy: right without attack and under every attack, over all n points. Generated from "
-        "`entries/*.json` by `convex-head leaderboard build`; do not edit.",
+        "Robust accuracy: right without attack and under every attack, over all n points, with its 95 % Wilson "
+        "interval. Without `autoattack` among the attacks a number may be too high. Plots, pictures and paired "
+        "comparisons: open `index.html`. Generated from `entries/*.json` by `convex-head leaderboard build`; do not "
+        "edit.",
     ]
     for (dataset, threat), group in groupby(ranked(entries), key=_board):
         rows = [_row(place, entry) for place, entry in enumerate(group, start=1)]

@@ -72,6 +72,7 @@ def _filters(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         "eps": [entry.record.threat.eps_text for entry in entries],
         "training": [fact(entry.record, "training", str) or "" for entry in entries],
         "head": [fact(entry.record, "head", str) or "" for entry in entries],
+        "autoattack": ["yes" if "autoattack" in entry.record.attacks else "no" for entry in entries],
     }
     return [
         {"column": column, "values": list(dict.fromkeys(values))}

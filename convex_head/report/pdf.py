@@ -31,6 +31,7 @@ _A4 = (8.27, 11.69)
 _LEFT, _RIGHT, _LINE = 0.08, 0.94, 0.0165
 _ROWS, _WRAP = 34, 128
 _COLOURS = ("#0b62c4", "#b45309", "#15803d", "#5a6475", "#b42318", "#7c3aed")
+_DASHES = ("-", "--", ":")
 _KINDS = {"convex": _COLOURS[0], "linear": _COLOURS[1], "mlp": _COLOURS[2], "own": _COLOURS[3]}
 _COLUMNS = (("model", 0.0), ("threat", 0.5), ("n", 0.56), ("clean %", 0.64), ("robust %", 0.73), ("95 %", 0.84))
 _LAST = (("radius", 0.91), ("gap", 1.0))
@@ -178,9 +179,8 @@ def _draw_curves(axes: Axes, plot: dict[str, Any]) -> None:
     for line in plot["lines"]:
         eps, accuracy, low, high = (np.array(values) for values in zip(*line["numbers"], strict=True))
         colour = _COLOURS[line["series"]]
-        axes.plot(
-            eps, 100 * accuracy, marker="o", markersize=3, linewidth=1.2, color=colour, label=plain(line["label"], 40)
-        )
+        style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[line["dash"]], "label": plain(line["label"], 40)}
+        axes.plot(eps, 100 * accuracy, marker="o", markersize=3, linewidth=1.2, **style)
         axes.fill_between(eps, 100 * low, 100 * high, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="eps", ylabel="accuracy under attack, %", ylim=(0, 102))
     axes.set_xlim(left=0)

@@ -14,7 +14,8 @@ from typing import Any
 from convex_head.report.entries import Entry, fact
 from convex_head.statistics import wilson_interval
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 52, 44, 12, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 52, 44, 12, 24
+_COLOURS, _DASHES, _POINT, _TICK = 6, 3, 19, 44
 
 
 def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -26,17 +27,18 @@ def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
     accuracies = [(entry.record.clean_accuracy, entry.record.robust_accuracy) for entry in entries]
     lowest = min(clean for clean, _ in accuracies)
     axis_x, axis_y = _axis(max(0.0, lowest - 0.02)), (0.0, 1.0)
-    points = []
+    points: list[dict[str, Any]] = []
     for place, (entry, (clean, robust)) in enumerate(zip(entries, accuracies, strict=True), start=1):
         low, high = entry.record.interval
         dominated = any(c >= clean and r >= robust and (c, r) != (clean, robust) for c, r in accuracies)
+        equal = sum((point["clean"], point["robust"]) == (clean, robust) for point in points)
         points.append(
             {
                 "id": entry.id,
                 "place": place,
                 "label": entry.robustbench["name"],
                 "kind": _kind(entry),
-                "x": _x(clean, axis_x),
+                "x": _x(clean, axis_x) - _POINT * equal,
                 "y": _y(robust, axis_y),
                 "low": _y(low, axis_y),
                 "high": _y(high, axis_y),
@@ -81,7 +83,8 @@ def _curve_plot(lines: Sequence[Sequence[Entry]]) -> dict[str, Any]:
             {
                 "label": line[0].robustbench["name"],
                 "ids": [entry.id for entry in line],
-                "series": index % 6,
+                "series": index % _COLOURS,
+                "dash": index // _COLOURS % _DASHES,
                 "dots": middle,
                 "path": _points(middle),
                 "band": _points([*high, *reversed(low)]),
@@ -89,7 +92,20 @@ def _curve_plot(lines: Sequence[Sequence[Entry]]) -> dict[str, Any]:
                 "numbers": [tuple(numbers) for _, *numbers in values],
             }
         )
-    return {"lines": drawn, **_frame(axis_x, axis_y, eps=True)}
+    measured = {
+        eps: text for line in drawn for (text, *_), (eps, *_) in zip(line["values"], line["numbers"], strict=True)
+    }
+    return {"lines": drawn, **_frame(axis_x, axis_y), "ticks_x": _eps_ticks(measured, axis_x)}
+
+
+def _eps_ticks(measured: dict[float, str], axis: tuple[float, float]) -> list[tuple[float, str]]:
+    """(x, text) at the radii that were measured, from the largest down, where there is room."""
+    ticks: list[tuple[float, str]] = []
+    for eps in sorted(measured, reverse=True):
+        x = _x(eps, axis)
+        if not ticks or ticks[-1][0] - x >= _TICK:
+            ticks.append((x, measured[eps]))
+    return ticks[::-1]
 
 
 def _values(line: Sequence[Entry]) -> list[tuple[str, float, float, float, float]]:
@@ -140,16 +156,14 @@ def _y(value: float, axis: tuple[float, float]) -> float:
     return round(HEIGHT - BOTTOM - (value - axis[0]) / span * (HEIGHT - BOTTOM - TOP), 1)
 
 
-def _frame(axis_x: tuple[float, float], axis_y: tuple[float, float], *, eps: bool = False) -> dict[str, Any]:
-    """Size and ticks of a plot; accuracies as percent, eps as a number."""
+def _frame(axis_x: tuple[float, float], axis_y: tuple[float, float]) -> dict[str, Any]:
+    """Size and ticks of a plot; accuracies as percent."""
 
-    def ticks(axis: tuple[float, float], place: Any, count: int, scale: float) -> list[tuple[float, str]]:
-        steps = [axis[0] + (axis[1] - axis[0]) * k / count for k in range(count + 1)]
-        return [(place(step, axis), format(scale * step, ".3g")) for step in steps]
-
-    def round_ticks(axis: tuple[float, float], place: Any) -> list[tuple[float, str]]:
+    def ticks(axis: tuple[float, float], place: Any) -> list[tuple[float, str]]:
         width = axis[1] - axis[0]
-        return ticks(axis, place, round(100 * width / _step(width)), 100.0)
+        count = max(1, round(100 * width / _step(width)))
+        steps = [axis[0] + width * k / count for k in range(count + 1)]
+        return [(place(step, axis), format(100.0 * step, ".3g")) for step in steps]
 
     return {
         "width": WIDTH,
@@ -158,6 +172,6 @@ def _frame(axis_x: tuple[float, float], axis_y: tuple[float, float], *, eps: boo
         "right": WIDTH - RIGHT,
         "top": TOP,
         "bottom": HEIGHT - BOTTOM,
-        "ticks_x": ticks(axis_x, _x, 4, 1.0) if eps else round_ticks(axis_x, _x),
-        "ticks_y": round_ticks(axis_y, _y),
+        "ticks_x": ticks(axis_x, _x),
+        "ticks_y": ticks(axis_y, _y),
     }

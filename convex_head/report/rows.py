@@ -73,9 +73,11 @@ def row(entry: Entry, siblings: Iterable[Entry], *, place: int = 0, with_picture
         "gap": fact(record, "gap", (int, float)),
         "gap_text": gap_text(record),
         "attacks": ", ".join(short_attack(name) for name in record.attacks),
+        "autoattack": "autoattack" in record.attacks,
         "attack_rows": _attack_rows(record),
         "classes": _classes(record),
         "certificate": _certificate(record),
+        "bounded": all(fact(record, key, (int, float)) is not None for key in ("objective", "lower_bound")),
         "facts": _facts(entry),
         "pictures": pictures(record) if with_pictures else [],
         "pictures_attack": pictures_attack(record),
@@ -92,9 +94,14 @@ def dataset_name(entry: Entry) -> str:
 def _attack_rows(record: EvalRecord) -> list[tuple[str, list[str]]]:
     """Name and counts of each attack; what is no finite number stays empty."""
     return [
-        (name, [f"{counts[key]:.0f}" if is_finite(counts.get(key)) else "" for key in _COSTS])
+        (name, [_count(key, counts[key]) if is_finite(counts.get(key)) else "" for key in _COSTS])
         for name, counts in list(record.attacks.items())[:_MANY]
     ]
+
+
+def _count(key: str, value: float) -> str:
+    """Whole numbers; seconds below ten with a decimal."""
+    return f"{value:.1f}" if key == "seconds" and abs(value) < 10 else f"{value:.0f}"
 
 
 def _classes(record: EvalRecord) -> list[tuple[int, int, int, int]]:
@@ -138,6 +145,7 @@ def _facts(entry: Entry) -> list[tuple[str, str]]:
         "hardware": _joined(record.hardware),
         "commit": record.commit,
         "created": record.created,
+        "additional data": "yes" if entry.robustbench["additional_data"] else None,
         "venue": entry.robustbench["venue"],
         "authors": entry.robustbench["authors"],
     }

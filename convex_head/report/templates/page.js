@@ -12,6 +12,7 @@
     const down = heading.getAttribute("aria-sort") === (numeric ? "none" : "ascending") ||
       (numeric && heading.getAttribute("aria-sort") === "ascending");
     headings.forEach((other) => other.hasAttribute("aria-sort") && other.setAttribute("aria-sort", "none"));
+    table.dataset.sorted = "";
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
     const value = (row) => numeric ? row.cells[index].dataset.value : row.cells[index].textContent.trim();
     const sorted = [...body.rows].sort((a, b) => {
@@ -27,22 +28,31 @@
     if (button) button.addEventListener("click", () => sortBy(heading));
   });
 
-  // Filtering.
+  // Filtering, of the table and of everything that shows its entries.
   const form = document.getElementById("filters");
   const find = document.getElementById("find");
+  const shows = [...document.querySelectorAll("[data-ids]")].filter((element) => !element.parentElement.closest("details[data-ids]"));
   const filter = () => {
     const wanted = [...form.querySelectorAll("select")].filter((select) => select.selectedIndex > 0);
     const text = find.value.trim().toLowerCase();
-    let shown = 0;
+    const ids = new Set();
     rows.forEach((row) => {
       const visible = wanted.every((select) => row.dataset[select.dataset.column] === select.value) &&
         row.textContent.toLowerCase().includes(text);
       row.hidden = !visible;
-      shown += visible;
+      if (visible) ids.add(row.querySelector("input").value);
     });
-    document.getElementById("count").textContent = `${shown} of ${rows.length} models`;
+    shows.forEach((element) => element.toggleAttribute("hidden", !element.dataset.ids.split(" ").some((id) => ids.has(id))));
+    document.querySelectorAll(".plots section").forEach((section) => { section.hidden = !section.querySelector("[data-ids]:not([hidden])"); });
+    document.getElementById("count").textContent = `${ids.size} of ${rows.length} models`;
   };
   form.addEventListener("input", filter);
+  form.addEventListener("reset", () => {
+    headings.forEach((heading) => heading.hasAttribute("aria-sort") && heading.setAttribute("aria-sort", "none"));
+    delete table.dataset.sorted;
+    body.append(...rows);
+    setTimeout(filter);
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
 
   // Paired comparison of the two models chosen last: exact McNemar test, Agresti-Min interval.
@@ -81,13 +91,14 @@
     chosen = chosen.filter((box) => box.checked && box !== event.target);
     if (event.target.checked) chosen.push(event.target);
     while (chosen.length > 2) chosen.shift().checked = false;
-    output.textContent = chosen.length === 2 ? compare(chosen) : "";
+    const name = (box) => box.closest("tr").querySelector("th a").textContent;
+    output.textContent = chosen.length === 2 ? compare(chosen) : chosen.map((box) => `${name(box)}: tick a second model to compare.`).join("");
   });
 
   // A link to an entry opens it.
   const open = () => {
     const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    if (target && target.tagName === "DETAILS") { target.open = true; target.scrollIntoView(); }
+    if (target && target.tagName === "DETAILS") { target.hidden = false; target.open = true; target.scrollIntoView(); }
   };
   addEventListener("hashchange", open);
   open();

@@ -1,0 +1,160 @@
+"""'leaderboard check' refuses every kind of contradiction, and the commands' --json says what they did."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from convex_head.cli import app
+
+BOARD = Path(__file__).parents[1] / "leaderboard"
+ENTRY = "digits-pgd-at-convex-linf-0-1"
+RUNNER = CliRunner()
+
+
+def run(*arguments, code=0):
+    result = RUNNER.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The published digits entries, whose numbers a test may change."""
+    folder = tmp_path_factory.mktemp("copied") / "board"
+    (folder / "entries").mkdir(parents=True)
+    for path in (BOARD / "entries").glob("digits-*.json"):
+        shutil.copy(path, folder / "entries")
+    run("leaderboard", "build", "--dir", folder, "--quiet")
+    return folder
+
+
+def turned(marks, old, new):
+    place = marks.index(old)
+    return marks[:place] + new + marks[place + 1 :]
+
+
+def drop_attack(entry, name="feature-exact"):
+    del entry["convex_head"]["attacks"][name], entry["convex_head"]["outcomes"][name]
+
+
+def add(*path):
+    """Add one to the number at ``path`` of the record."""
+
+    def change(entry):
+        *keys, last = path
+        target = entry["convex_head"]
+        for key in keys:
+            target = target[key]
+        target[last] += 1
+
+    return change
+
+
+def put(value, *path):
+    """Put a value at ``path`` of the entry."""
+
+    def change(entry):
+        *keys, last = path
+        target = entry
+        for key in keys:
+            target = target[key]
+        target[last] = value
+
+    return change
+
+
+CHANGES = {
+    "clean count": (add("clean_correct"), "clean_correct is 150"),
+    "robust count": (add("robust_correct"), "robust_correct is 126"),
+    "points": (add("n"), "one label a point"),
+    "interval": (add("interval", 0), "interval is"),
+    "accuracy": (put(0.9, "convex_head", "robust_accuracy"), "robust_accuracy is 0.9"),
+    "broken": (add("attacks", "autoattack", "broken"), "contradict its per-example results"),
+    "skipped": (add("attacks", "autoattack", "skipped"), "skipped of autoattack is 25"),
+    "success rate": (add("attacks", "autoattack", "success_rate"), "success_rate of autoattack"),
+    "stage": (add("attacks", "autoattack", "stages", "apgd-t", "broken"), "its stages say"),
+    "stage lost": (put({}, "convex_head", "attacks", "autoattack", "stages", "apgd-t"), "a stage has no counts"),
+    "attack left out": (drop_attack, "leaves out only"),
+    "one point right": (
+        lambda e: e["convex_head"].update(clean=turned(e["convex_head"]["clean"], "0", "1")),
+        "clean_correct is 149",
+    ),
+    "one attack survived": (
+        lambda e: e["convex_head"]["outcomes"].update(
+            {"feature-exact": turned(e["convex_head"]["outcomes"]["feature-exact"], "0", "1")}
+        ),
+        "contradict its per-example results",
+    ),
+    "label": (put(99, "convex_head", "labels", 0), "class indices below 10"),
+    "flag": (put(["logit_scale"], "convex_head", "flags"), "flagged"),
+    "hidden flag": (put({"logit_scale": "1e6"}, "convex_head", "flag_details"), "explains the flags"),
+    "gap": (put(1e-6, "convex_head", "metadata", "gap"), "relative gap"),
+    "lower bound": (put(0.477, "convex_head", "metadata", "lower_bound"), "relative gap"),
+    "percentage": (put("99.99", "clean_acc"), "clean_acc is '99.99'"),
+    "eps": (put("0.2", "eps"), "eps is '0.2'"),
+    "threat": (put(0.2, "convex_head", "threat", "eps"), "eps_text"),
+    "curve": (add("curve", 0, "robust_correct"), "A point of a curve"),
+    "points' hash": (put("0" * 64, "convex_head", "dataset", "fingerprint"), "other fingerprints of the images"),
+    "weights' hash": (put("taken", "convex_head", "model", "fingerprint"), "other models"),
+    "schema": (put(2, "convex_head", "schema"), "schema 1"),
+    "number": (put(float("nan"), "convex_head", "seconds"), "no JSON number"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_entry_is_refused(copied, kind, tmp_path):
+    change, message = CHANGES[kind]
+    board = tmp_path / "board"
+    shutil.copytree(copied, board)
+    path = board / "entries" / f"{ENTRY}.json"
+    entry = json.loads(path.read_text())
+    if kind == "weights' hash":  # that of another model of the board
+        other = json.loads((board / "entries" / "digits-sam-own-linf-0-1.json").read_text())
+        put(other["convex_head"]["model"]["fingerprint"], "convex_head", "model", "fingerprint")(entry)
+    else:
+        change(entry)
+    path.write_text(json.dumps(entry))
+    result = run("leaderboard", "check", "--dir", board, "--json", code=1)
+    found = json.loads(result.stdout)
+    assert found["consistent"] is False and any(message in problem for problem in found["problems"]), found
+    assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+
+
+def test_commands_say_in_json_what_they_did(copied, tmp_path):
+    board = tmp_path / "board"
+    shutil.copytree(copied, board)
+    count = len(list((board / "entries").iterdir()))
+    found = json.loads(run("leaderboard", "check", "--dir", board, "--json").stdout)
+    assert found == {"entries": count, "consistent": True, "problems": []}
+    result = run("leaderboard", "build", "--dir", board, "--json")
+    written = [str(board / name) for name in ("index.html", "LEADERBOARD.md")]
+    assert json.loads(result.stdout) == {"entries": count, "written": written} and result.stderr == ""
+    record = tmp_path / "record.json"
+    payload = json.loads((board / "entries" / f"{ENTRY}.json").read_text())["convex_head"]
+    record.write_text(json.dumps(payload | {"name": "mine"}))
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(payload | {"name": "bad", "flags": ["loss"], "flag_details": {"loss": "0"}}))
+    found = json.loads(run("leaderboard", "add", record, bad, "--dir", board, "--json", code=1).stdout)
+    assert found["added"] == ["digits-mine-linf-0-1"] and "loss" in found["refused"][0]
+    assert found["written"][1:] == written
+    listed = json.loads(run("leaderboard", "export", "--dir", board, "--json").stdout)
+    assert len(listed) == count + 1 and {"name", "eps", "autoattack_acc"} <= set(listed[0])
+    left = run("leaderboard", "export", "--dir", board, "--robustbench", tmp_path / "rb", "--json")
+    assert len(json.loads(left.stdout)["left_out"]) == count + 1 and left.stderr == ""
+    result = run("report", record, "-o", tmp_path / "r.tex", "--json")
+    expected = {"written": str(tmp_path / "r.tex"), "records": ["mine"], "flagged": []}
+    assert json.loads(result.stdout) == expected and result.stderr == ""
+
+
+def test_add_refuses_what_contradicts_the_board(copied, tmp_path):
+    board = tmp_path / "board"
+    shutil.copytree(copied, board)
+    payload = json.loads((board / "entries" / f"{ENTRY}.json").read_text())["convex_head"]
+    payload |= {"name": "other images", "dataset": payload["dataset"] | {"fingerprint": "1" * 64}}
+    (tmp_path / "r.json").write_text(json.dumps(payload))
+    result = run("leaderboard", "add", tmp_path / "r.json", "--dir", board, code=1)
+    assert "give its dataset another name" in result.stderr
+    run("leaderboard", "check", "--dir", board)

@@ -26,6 +26,7 @@ EXIT_CODES = (
     "2 wrong command or input; 70 unexpected error; 130 interrupted (the same command goes on)."
 )
 FAILED, USAGE, UNEXPECTED, INTERRUPTED = 1, 2, 70, 130
+_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
@@ -94,6 +95,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(USAGE) from None
         except (typer.Exit, typer.Abort):
             raise
+        except _PATH_ERRORS as error:
+            path = error.filename if error.filename is not None else "a file"
+            _show(error, f"{path}: {error.strerror or error}. Give a path that can be used.", kwargs)
+            raise typer.Exit(USAGE) from None
         except Exception as error:
             text = f"unexpected {type(error).__name__}: {error}; --debug shows where"
             _show(error, text, kwargs)

@@ -131,6 +131,8 @@ def test_fit_that_does_not_converge_is_exit_code_1(features, tmp_path):
         (("evaluate", "--model", "zoo:net", "--checkpoint", "none.pt"), "none.pt"),
         (("fit", "none.npz"), "none.npz"),
         (("leaderboard", "build", "--dir", "none"), "leaderboard add"),
+        (("report", "none.json", "-o", "r.html"), "none.json"),
+        (("evaluate", "--model", "zoo:net", "--attack", "fgsm", "--quiet", "--out", "/dev/null/r.json"), "/dev/null"),
     ],
 )
 def test_errors_are_one_line_with_exit_code_2(factory, arguments, message):

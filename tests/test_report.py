@@ -1,5 +1,6 @@
 """Leaderboard entries, Markdown and page: correct numbers, hostile input, and no torch."""
 
+import dataclasses
 import io
 import json
 import re
@@ -363,6 +364,12 @@ def test_columns_of_attacks_are_in_the_order_in_which_they_ran():
     )
     assert attack_names([first, longer]) == names
     assert any("pgd, feature-exact, autoattack" in line for line in footnotes([first, longer]))
+    orders = (["pgd", "mi", "fe", "aa"], ["ce", "fe", "t"], ["fe", "aa"], [])
+    bare = dataclasses.replace(first, outcomes={}, clean="", attacks={})
+    several = [dataclasses.replace(bare, attacks=dict.fromkeys(order, counts)) for order in orders]
+    found = attack_names(several)
+    assert sorted(found) == ["aa", "ce", "fe", "mi", "pgd", "t"]
+    assert all([name for name in found if name in order] == order for order in orders)
 
 
 def test_terminal_table_and_comparison():

@@ -242,9 +242,9 @@ def _record_pages(entries: Sequence[Entry], with_pictures: bool) -> Iterable[Fig
 def _attacks(figure: Figure, y: float, rows: Sequence[tuple[str, list[str]]]) -> float:
     """The attacks in the order in which they ran, with counts and costs."""
     y -= 0.5 * _LINE
-    shares = np.linspace(0.55, 1.0, len(_COSTS))
+    shares = np.linspace(0.45, 1.0, len(_COSTS))
     for name, counts, weight in [("attack", _COSTS, "bold"), *((name, counts, "normal") for name, counts in rows)]:
-        _cell(figure, 0.0, y, plain(name, 60), first=True, weight=weight)
+        _cell(figure, 0.0, y, plain(name, 44), first=True, weight=weight)
         for share, count in zip(shares, counts, strict=True):
             _cell(figure, float(share), y, plain(count, 12), weight=weight)
         y -= 1.1 * _LINE

@@ -81,9 +81,16 @@ def _labels(records: Sequence[EvalRecord]) -> list[str]:
 
 
 def attack_names(records: Iterable[EvalRecord]) -> list[str]:
-    """Every attack once, in the order of the record that has the most: each record runs its own in that order."""
-    longest_first = sorted(records, key=lambda record: -len(record.attacks))
-    return list(dict.fromkeys(name for record in longest_first for name in record.attacks))
+    """Every attack once, each before those that ran after it in some record, as far as the records agree."""
+    names: list[str] = []
+    for record in sorted(records, key=lambda record: -len(record.attacks)):
+        following = len(names)
+        for name in reversed(list(record.attacks)):
+            if name in names:
+                following = names.index(name)
+            else:
+                names.insert(following, name)
+    return names
 
 
 def short_attack(name: str) -> str:

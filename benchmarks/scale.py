@@ -85,7 +85,7 @@ def measure(setting: Record, threads: int) -> Record:
             converged=lambda vectors, gradient: False,
             max_evaluations=_STEPS if classes < 100 else _FEW_STEPS,
             stop=lambda: False,
-            metric=small.metric(),
+            metric=small.metric(start, mu, blur),
         )
         packed = PackedNetwork.of(vectors, start.signs)
         weights = packed.vectors.float().reshape(-1, width)

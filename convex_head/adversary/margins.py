@@ -100,6 +100,10 @@ class Forms:
         """Some of the forms."""
         return Forms(self.plus[index], None if self.minus is None else self.minus[index])
 
+    def ends(self) -> list[Tensor]:
+        """Functions of the first sign, then of the second where forms are pairs."""
+        return [self.plus] if self.minus is None else [self.plus, self.minus]
+
     def gather(self, per_function: Tensor) -> Tensor:
         """Stack (F, m, ...) into (T, K, ...), K = m or 2m."""
         if self.minus is None:
@@ -116,9 +120,8 @@ class Forms:
     def scatter_pairs(self, per_form: Tensor, out: Tensor) -> None:
         """Add the blocks of (T, K, K) to (F, F, m, m), by the functions of row and column."""
         m = out.shape[-1]
-        ends = [self.plus] if self.minus is None else [self.plus, self.minus]
-        for i, row in enumerate(ends):
-            for j, column in enumerate(ends):
+        for i, row in enumerate(self.ends()):
+            for j, column in enumerate(self.ends()):
                 block = per_form[:, i * m : (i + 1) * m, j * m : (j + 1) * m]
                 out.index_put_((row, column), block, accumulate=True)
 

@@ -259,6 +259,11 @@ class GroupPass:
         value = 0.5 * (tau * (slope + linear)).sum(-1) + self.constant
         return value, slope @ self.lift
 
+    def derivatives(self, step: Step) -> Tensor:
+        """(G, B, K) derivatives of the margins in the projections of the worst points."""
+        at_worst = torch.baddbmm(step.tau, step.ehat, self.lift.mT)
+        return self.beta * torch.add(self.b * self.nu, at_worst, alpha=2 * self.a)
+
     def backward(self, step: Step, omega: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of sum omega * margin at the worst points (Danskin), split by where it goes.
 

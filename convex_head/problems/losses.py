@@ -63,6 +63,13 @@ class MarginLoss:
         s = (z / mu).clamp(0, 1)
         return share * ((s * z).sum(-1) - 0.5 * mu * s.square().sum(-1)), share * s
 
+    def free(self, slopes: Tensor, num_classes: int) -> Tensor:
+        """(n, K) True where a slope of :meth:`smoothed` moves with its margin: where S leaves it room."""
+        if self.joint:
+            positive = slopes > 0
+            return positive & ~((positive.sum(-1, keepdim=True) == 1) & (slopes.amax(-1, keepdim=True) >= 1))
+        return (slopes > 0) & (slopes < self.share(num_classes))
+
 
 def project_simplex(y: Tensor) -> Tensor:
     """Euclidean projection of each row onto {s >= 0, sum s <= 1}; (n, K) -> (n, K)."""

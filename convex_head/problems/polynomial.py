@@ -36,6 +36,7 @@ from convex_head.problems.adjoint import Adjoint
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
 from convex_head.problems.losses import get_loss
+from convex_head.problems.preconditioner import preconditioner
 from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale, losses_at_scales, objectives
 from convex_head.rows import Chunk, Rows
 from convex_head.shards import Whole
@@ -44,6 +45,7 @@ from convex_head.shards import Whole
 _SATISFIED = 1.0
 # Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
 _BLUR_SHARE = 0.3
+_METRIC_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class PolynomialProblem:
         )
         self._rows, self._total = rows, total
         self._device = rows.device
-        self._metric: Tensor | None = None
+        self._reference: MarginScan | None = None
 
     @property
     def n(self) -> int:
@@ -227,17 +229,13 @@ class PolynomialProblem:
         penalty = self.reg * float(packed.vectors.double().square().sum())
         return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
 
-    def metric(self) -> Callable[[Tensor], Tensor]:
-        """(second moment of the features + I)^-1, applied to the last axis: a preconditioner for the vectors."""
-        if self._metric is None:
-            moment = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._device)
-            for chunk in self._rows:
-                moment += (chunk.x.mT @ chunk.x).double() / self.n
-            self.shard.sum(moment)
-            moment += torch.eye(self.d, dtype=torch.float64, device=self._device)
-            self._metric = torch.linalg.inv(moment)
-        inverse = self._metric
-        return lambda gradient: gradient @ inverse
+    def metric(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> Callable[[Tensor], Tensor]:
+        """A preconditioner for the vectors at a network, from a sample of the rows (problems/preconditioner.py)."""
+        count = min(_METRIC_ROWS, self.n)
+        if self._reference is None:
+            self._reference = self.sample(count, 0)._scan if count < self.n else self._scan
+        settings = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur, "rows": count, "shard": self.shard}
+        return preconditioner(self._reference, packed, self._loss, **settings)
 
     # -- dual -----------------------------------------------------------------------------------------------
 

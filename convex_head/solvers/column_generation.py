@@ -195,7 +195,7 @@ class ColumnGeneration(Solver):
             converged=converged,
             max_evaluations=self.inner_evaluations,
             stop=run.out_of_time,
-            metric=problem.metric(),
+            metric=problem.metric(packed, mu, blur),
             pairs=pairs,
         )
         run.extra["evaluations"] += evaluations

@@ -57,7 +57,13 @@ def bench(
     """The main job: small backbones on digits, their own, a linear and the convex head, under AutoAttack."""
     from convex_head.bench import BenchSettings
     from convex_head.bench_console import run_on_console
+    from convex_head.errors import InputError
+    from convex_head.threat import ThreatModel
 
+    for radius in (eps, *_radii(eps_curve)):
+        ThreatModel("Linf", radius)  # before the first of the rows can fail of it
+    if n_ex < 1 or jobs < 0:
+        raise InputError(f"--n-ex is at least 1 and --jobs at least 0; found {n_ex} and {jobs}.")
     settings = BenchSettings(eps=eps, eps_curve=_radii(eps_curve), n=n_ex, seed=seed)
     settings = settings.quick() if quick else settings
     complete = run_on_console(settings, out, jobs=jobs or _cores(), as_json=as_json, quiet=quiet, debug=debug)

@@ -4,7 +4,7 @@
 1    it ran, and the answer is bad: a row failed, a record is flagged, a check found something
 2    the command or its input is wrong; nothing ran
 70   an error that this program did not expect: please report it, with --debug
-130  interrupted; what was finished is kept, and the same command goes on
+130  interrupted; the same command goes on: bench always, evaluate with --state, fit with --checkpoint
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convex_head.errors import ConvexHeadError
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 ran, with a bad answer (a failed row, a flagged record, a failed check); "
-    "2 wrong command or input; 70 unexpected error; 130 interrupted (the same command goes on)."
+    "2 wrong command or input; 70 unexpected error; 130 interrupted (bench, evaluate --state, fit --checkpoint go on)."
 )
 FAILED, USAGE, UNEXPECTED, INTERRUPTED = 1, 2, 70, 130
 _PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -88,7 +88,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:  # the reader of a pipe has seen enough
             raise
         except KeyboardInterrupt:
-            messages().print("interrupted; what is finished is kept, the same command goes on")
+            messages().print(_interrupted(command.__name__, kwargs), markup=False)
             raise typer.Exit(INTERRUPTED) from None
         except ConvexHeadError as error:
             _show(error, str(error), kwargs)
@@ -105,6 +105,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(UNEXPECTED) from None
 
     return run
+
+
+def _interrupted(command: str, kwargs: dict[str, Any]) -> str:
+    """What becomes of the work: only some commands can keep it."""
+    option = {"evaluate": "state", "fit": "checkpoint"}.get(command)
+    if command == "bench" or (option and kwargs.get(option)):
+        return "interrupted; what is finished is kept, the same command goes on"
+    return f"interrupted; nothing is kept without --{option}" if option else "interrupted"
 
 
 def _show_warnings(caught: Sequence[warnings.WarningMessage], quiet: bool) -> None:

@@ -44,11 +44,12 @@ def progress_bars(console: Console) -> Progress:
     width = console.width
     room = 40 if width >= _WIDE else max(8, min(26, width - 20))
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=_one_line(room))]
+    bar = 24 if width >= _WIDE else 12
     if width >= _MIDDLE:
-        columns.append(BarColumn(bar_width=24 if width >= _WIDE else 12))
+        columns.append(BarColumn(bar_width=bar))
     columns += [TaskProgressColumn("{task.percentage:>3.0f}%"), TimeLeftColumn()]
     if width >= _MIDDLE:
-        note = _one_line(max(12, width - room - 48))
+        note = _one_line(width - room - bar - 22)
         columns.append(TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=note))
     return Progress(*columns, console=console, transient=True, disable=not is_live(console))
 
@@ -101,6 +102,7 @@ def table(title: str, columns: list[str], *, right: frozenset[str] = frozenset()
             column,
             justify="right" if column in right else "left",
             no_wrap=column in right,
+            overflow="ellipsis" if column in right else "fold",
             min_width=min(8, len(column)),
         )
     return result

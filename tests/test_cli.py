@@ -129,6 +129,9 @@ def test_fit_that_does_not_converge_is_exit_code_1(features, tmp_path):
         (("evaluate", "--model", "zoo:net", "--threat-model", "L7"), "L7"),
         (("evaluate", "--model", "zoo:net", "--attack", "pgdd"), "pgdd"),
         (("evaluate", "--model", "zoo:net", "--checkpoint", "none.pt"), "none.pt"),
+        (("bench", "--eps", "two"), "two"),
+        (("bench", "--eps-curve", "0.1,x"), "'x'"),
+        (("bench", "--n-ex", "0"), "--n-ex is at least 1"),
         (("fit", "none.npz"), "none.npz"),
         (("leaderboard", "build", "--dir", "none"), "leaderboard add"),
         (("report", "none.json", "-o", "r.html"), "none.json"),
@@ -335,3 +338,25 @@ def test_doctor_is_silent_beside_its_result():
     )
     assert done.returncode == 0 and done.stderr == ""
     assert {"python", "torch"} <= {finding["subject"] for finding in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "message"),
+    [
+        (
+            ("evaluate", "--model", "zoo:net", "--dataset", "digits"),
+            "data.load_dataset",
+            "nothing is kept without --state",
+        ),
+        (("evaluate", "--model", "zoo:net", "--state", "s"), "data.load_dataset", "what is finished is kept"),
+        (("fit", "x.npz"), "feature_files.read_features", "nothing is kept without --checkpoint"),
+        (("fit", "x.npz", "--checkpoint", "c"), "feature_files.read_features", "what is finished is kept"),
+        (("doctor",), "doctor.examine", "interrupted"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(arguments, target, message, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"convex_head.{target}", interrupt)
+    assert message in run(*arguments, code=130).stderr

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from convex_head.bench import BenchSettings, plan, record_path, run_bench
-from convex_head.console import error_line, finish_task, json_out, messages, progress_bars, results
+from convex_head.console import error_line, finish_task, json_out, messages, printable, progress_bars, results
 from convex_head.records import EvalRecord
 from convex_head.report import Entry, render_page
 from convex_head.report.terminal import comparison_lines, footnotes, results_table
@@ -62,9 +62,9 @@ def _show(records: list[EvalRecord]) -> None:
             results_table(records, "convex-head bench (control: the linear head)", controls, width=console.width)
         )
     for line in comparison_lines(records, controls):
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False)
     for line in [*footnotes(records), _NOTE]:
-        console.print(line, markup=False, style="dim")
+        console.print(printable(line), markup=False, style="dim")
 
 
 class _Display:

@@ -25,7 +25,7 @@ from convex_head.cli_common import (
     guarded,
 )
 from convex_head.cli_leaderboard import leaderboard
-from convex_head.console import json_out, messages, results, waiting
+from convex_head.console import json_out, messages, printable, results, waiting
 
 app = typer.Typer(
     name="convex-head",
@@ -179,7 +179,10 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Clean and robust accuracy of any model; exit code 1 if the record is flagged."""
+    """Clean and robust accuracy of any model; exit code 1 if the record is flagged.
+
+    Under torchrun the processes share the batches, and the first one writes the record: that of a single process.
+    """
     import dataclasses
     import warnings
 
@@ -191,6 +194,7 @@ def evaluate(
     from convex_head.head import ConvexRobustHead
     from convex_head.model_specs import build_model
     from convex_head.report.terminal import footnotes, results_table
+    from convex_head.shards import processes
     from convex_head.splice import replace_head
     from convex_head.threat import ThreatModel
 
@@ -215,7 +219,7 @@ def evaluate(
             found = fitted.result_
             metadata |= {"gap": found.gap, "status": found.status.value, "neurons": found.neurons}
             metadata |= {"objective": found.primal, "lower_bound": found.dual}
-    with warnings.catch_warnings():
+    with processes(device or "cpu") as (rank, count), warnings.catch_warnings():
         warnings.simplefilter("ignore", EvaluationWarning)  # the footnotes say it
         settings: dict[str, Any] = {
             "attacks": tuple(attack or ("autoattack",)),
@@ -223,7 +227,8 @@ def evaluate(
             "seed": seed,
             "state": state,
             "device": device,
-            "progress": not quiet,
+            "progress": not quiet and rank == 0,
+            "distributed": count > 1,
             "name": model if head is None else f"{model} + {head.name}",
             "dataset_name": dataset,
             "metadata": metadata,
@@ -232,6 +237,8 @@ def evaluate(
             record = run_attacks(net, points, threat, **settings)
         else:
             record = evaluate_curve(net, points, threat, _radii(eps_curve), **settings)
+    if rank:
+        return
     if examples:
         with waiting(console, "pictures"):
             pictures = adversarial_examples(net, points, threat, examples, seed=seed, batch_size=batch_size)
@@ -244,7 +251,7 @@ def evaluate(
         out_console = results()
         out_console.print(results_table([record], "", {}, width=out_console.width))
         for line in footnotes([record]):
-            console.print(line, style="dim", markup=False)
+            console.print(printable(line), style="dim", markup=False)
         if out is not None:
             console.print(f"wrote {out}", markup=False)
     if record.flags:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convex_head.cli_common import EXIT_CODES, FAILED, Debug, Json, OneLineErrors, Quiet, guarded
-from convex_head.console import error_line, json_out, messages, results, waiting
+from convex_head.console import error_line, json_out, messages, printable, results, waiting
 from convex_head.errors import EntryError
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def export(
         json_out({"written": [os.fspath(path) for path in written], "left_out": left_out})
     _say_written(written, quiet or as_json)
     for name, reason in left_out.items():
-        messages(quiet=quiet or as_json).print(f"left out {name}: {reason}", markup=False)
+        messages(quiet=quiet or as_json).print(printable(f"left out {name}: {reason}"), markup=False)
 
 
 def _entries(folder: Path) -> list[Entry]:

@@ -113,6 +113,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def printable(text: str) -> str:
+    """One line without what a terminal would obey: a name in a record may hold escape sequences."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+
+
 def error_line(console: Console, message: str) -> None:
     """One line, "error: what is wrong and what to do", whatever characters the message holds."""
     _labelled(console, "error: ", "bold red", message)
@@ -124,7 +129,7 @@ def warning_line(console: Console, message: str) -> None:
 
 
 def _labelled(console: Console, label: str, style: str, message: str) -> None:
-    line = Text(label, style=style).append(Text(" ".join(message.split()), style="not bold default"))
+    line = Text(label, style=style).append(Text(printable(message), style="not bold default"))
     console.print(line, soft_wrap=True)
 
 

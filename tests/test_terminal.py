@@ -9,9 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+from report_cases import make_record
 from rich.console import Console
 
+from convex_head.console import error_line
 from convex_head.fit_progress import FitProgress
+from convex_head.report.terminal import results_table
 from convex_head.solvers.result import Progress
 
 EVALUATE = (
@@ -131,3 +134,12 @@ def test_a_log_of_fit_has_a_line_each_half_minute():
         display(Progress(0, seconds, 1.0, 0.9, 1.0 / seconds, 7))
     first, second = stream.getvalue().splitlines()
     assert first.startswith("0:31 fit: gap 3.2e-02") and second.startswith("1:02 fit:") and "left" in second
+
+
+def test_a_terminal_obeys_no_name():
+    record = make_record("\x1b[2Jname\x07", flags=("loss",), flag_details={"loss": "\x1b]0;owned\x07"}, metadata={})
+    stream = io.StringIO()
+    console = Console(file=stream, width=120)
+    console.print(results_table([record], "", {}))
+    error_line(console, f"{record.name} {record.flag_details['loss']}")
+    assert "\x1b" not in stream.getvalue() and "\x07" not in stream.getvalue() and "[2Jname" in stream.getvalue()

@@ -15,7 +15,7 @@ from convex_head.report.entries import Entry, fact
 from convex_head.statistics import wilson_interval
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 52, 44, 12, 24
-_COLOURS, _DASHES, _POINT, _TICK = 6, 3, 19, 44
+_COLOURS, _DASHES, _POINT, _BESIDE, _TICK = 6, 3, 19, 3, 44
 
 
 def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def frontier(entries: Sequence[Entry]) -> dict[str, Any]:
                 "place": place,
                 "label": entry.robustbench["name"],
                 "kind": _kind(entry),
-                "x": _x(clean, axis_x) - _POINT * equal,
+                "x": _x(clean, axis_x) - _POINT * min(equal, _BESIDE),
                 "y": _y(robust, axis_y),
                 "low": _y(low, axis_y),
                 "high": _y(high, axis_y),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convex_head.console import percent, table
+from convex_head.console import percent, printable, table
 from convex_head.records import EvalRecord
 from convex_head.report.entries import fact
 from convex_head.statistics import Comparison, compare
@@ -58,7 +58,7 @@ def _table(records: Sequence[EvalRecord], title: str, controls: dict[str, EvalRe
         low, high = record.interval
         names = [record.metadata.get(label, "") for label in labels] if len(labels) > 1 else [record.name]
         result.add_row(
-            *(Text(str(name)) for name in names),
+            *(Text(printable(str(name))) for name in names),
             percent(record.clean_accuracy),
             Text.assemble(
                 (percent(record.robust_accuracy), "bold"),

@@ -30,6 +30,7 @@ from convex_head.evaluation_progress import Listener, listening
 from convex_head.evaluation_run import EvaluationRun
 from convex_head.records import EvalRecord
 from convex_head.resume import Progress
+from convex_head.shards import Shard, Whole
 from convex_head.threat import ThreatModel
 
 
@@ -51,6 +52,7 @@ def evaluate(
     adaptive: bool = True,
     command: str | None = None,
     metadata: dict[str, Any] | None = None,
+    distributed: bool = False,
 ) -> EvalRecord:
     """Clean and robust accuracy of ``model``, point by point.
 
@@ -73,6 +75,8 @@ def evaluate(
         adaptive: add the attacks that know the model's head (``feature-exact`` for convex heads, ``soft-gate`` for
             gated ones) to those asked for; they enter the union and the record.
         command, metadata: kept in the record.
+        distributed: share the batches of every stage between the processes of torch.distributed, which all make this
+            call; the record is the one of a single process, in all of them. The first one keeps ``state``.
 
     Returns:
         the record; ``flags`` is empty for an honest model.
@@ -82,6 +86,7 @@ def evaluate(
         InputError: images outside [0, 1], labels that are no class indices, a batch size below 1.
         UnknownAttackError, AttackError: an attack is not known or does not fit.
         ResumeMismatchError: ``state`` belongs to another evaluation or is damaged.
+        ShardError: torch.distributed is not initialised, or another process was lost.
 
     Warns:
         EvaluationWarning: the record has flags.
@@ -110,7 +115,11 @@ def evaluate(
         "skip_broken": skip_broken,
         "versions": provenance.versions(),
     }
-    saved = Progress.open(state, key)
+    shard = Shard(len(images), target) if distributed else Whole()
+    saved = Progress.open(state if shard.rank == 0 else None, key)
+    if distributed:
+        found = shard.first_of((saved.report, saved.stages, saved.seconds))
+        saved.report, saved.stages, saved.seconds = found
     if target != home:
         model.to(target)
     try:
@@ -127,6 +136,7 @@ def evaluate(
                 device=target,
                 saved=saved,
                 listener=listener,
+                shard=shard,
             )
             run.gates(was_training)
             run.attack_all()

@@ -20,6 +20,7 @@ from convex_head.model_checks import check_model, clean_logits
 from convex_head.records import EvalRecord
 from convex_head.resume import Progress, StageProgress
 from convex_head.sanity_checks import check_larger_eps, check_stages, check_unchanged
+from convex_head.shards import Whole
 from convex_head.threat import ThreatModel
 
 
@@ -33,6 +34,7 @@ class EvaluationRun:
         threat, attacks, batch_size, seed, skip_broken: as given to ``evaluate``.
         saved: progress, possibly of an earlier process.
         listener: gets one event after each batch.
+        shard: the processes that share the batches of every stage; all hold all points.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class EvaluationRun:
     device: torch.device
     saved: Progress
     listener: Listener
+    shard: Whole = field(default_factory=Whole)
     _plan: list[tuple[Attack, Attack]] = field(default_factory=list)
     _clock: float = field(default_factory=time.perf_counter)
 
@@ -68,12 +71,13 @@ class EvaluationRun:
             device=self.device,
             was_training=was_training,
         )
-        self.saved.report = {
+        found = {
             "clean": _row(report.right),
             "num_classes": report.num_classes,
             "scale": report.scale,
             "flags": report.flags,
         }
+        self.saved.report = self.shard.first_of(found)
         self._save()
 
     def attack_all(self) -> None:
@@ -95,23 +99,31 @@ class EvaluationRun:
         self._tell(attack, stage, index, done.batches, len(batches))
         shape = attack_shape(tuple(self.images.shape[1:]))
         row = list(done.row)
-        for number in range(done.batches, len(batches)):
-            batch = batches[number]
-            result = stage.run(
-                view,
-                self.images[batch].reshape(-1, *shape).to(self.device),
-                self.labels[batch].to(self.device),
-                self.threat,
-                seed=self.seed,
-            )
-            for point, broken in zip(batch.tolist(), result.broken.tolist(), strict=True):
-                row[point] = "0" if broken else "1"
+        while done.batches < len(batches):
+            batch, mine = batches[done.batches : done.batches + self.shard.size], self.shard.rank
+            marks = torch.zeros(len(row), dtype=torch.int64, device=self.device)
+            counts = torch.zeros(4, dtype=torch.float64, device=self.device)
+            if mine < len(batch):
+                points_here = batch[mine]
+                result = stage.run(
+                    view,
+                    self.images[points_here].reshape(-1, *shape).to(self.device),
+                    self.labels[points_here].to(self.device),
+                    self.threat,
+                    seed=self.seed,
+                )
+                marks[points_here.to(self.device)] = torch.where(result.broken.to(self.device), 1, 2)
+                counts += counts.new_tensor([result.outside, result.forwards, result.backwards, result.seconds])
+            self.shard.sum(marks, counts)
+            for point in marks.nonzero().flatten().tolist():
+                row[point] = "0" if marks[point] == 1 else "1"
             done.row = "".join(row)
-            done.batches += 1
-            done.outside += result.outside
-            done.forwards += result.forwards
-            done.backwards += result.backwards
-            done.seconds += result.seconds
+            done.batches += len(batch)
+            outside, forwards, backwards, seconds = counts.tolist()
+            done.outside += round(outside)
+            done.forwards += round(forwards)
+            done.backwards += round(backwards)
+            done.seconds += seconds
             self._save()
             self._tell(attack, stage, index, done.batches, len(batches))
 
@@ -154,7 +166,7 @@ class EvaluationRun:
                 },
             )
         )
-        report["after"] = flags
+        report["after"] = self.shard.first_of(flags)
         self._save()
 
     def robust_row(self) -> str:

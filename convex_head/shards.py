@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,10 @@ class Whole:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         return flag
+
+    def first_of(self, value: Any) -> Any:
+        """The first process's value, in all."""
+        return value
 
 
 class Shard(Whole):
@@ -81,14 +86,26 @@ class Shard(Whole):
         self._reduce(value)
         return bool(value > 0)
 
+    def first_of(self, value: Any) -> Any:
+        """The first process's value, in all; anything that pickles."""
+        values = [value]
+        with self._together():
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
     def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        try:
+        with self._together():
             dist.all_reduce(tensor, op=operation)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as fault:
             reason = str(fault).strip().splitlines()[0]
             raise ShardError(
-                f"every process must stay until the fit ends; rank {self.rank} of {self.size} lost another one "
-                f"({reason}). Start the same command again; with a checkpoint it goes on from there."
+                f"every process must stay until the work ends; rank {self.rank} of {self.size} lost another one "
+                f"({reason}). Start the same command again; with a checkpoint or state file it goes on from there."
             ) from fault
 
 

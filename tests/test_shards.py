@@ -67,7 +67,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
 def test_a_lost_process_ends_the_fit_with_a_clear_error(tmp_path: Path) -> None:
     left, lost = ranks(tmp_path, "lost")
     assert lost.returncode == 3 and left.returncode == 1
-    assert "ShardError: every process must stay until the fit ends; rank 0 of 2 lost another one" in left.stderr
+    assert "ShardError: every process must stay until the work ends; rank 0 of 2 lost another one" in left.stderr
     # The same command with as many processes goes on from the checkpoint, to the head of a fit that was never cut off.
     (tmp_path / "store").unlink(missing_ok=True)
     assert (tmp_path / "store.ckpt").is_file()

@@ -282,6 +282,7 @@ def test_latex_table():
     assert rows[4].startswith("a\\_b \\& 100\\%$^{\\dagger}$ & 90.0") and "flagged" in lines[-2]
     assert sum("rule" in line for line in lines) == 4
     hostile = render_latex([make_record("\\input{/etc/passwd}$^~|<>#")])
+    assert "\n    {[}3cm{]}{*} & " in render_latex([make_record("[3cm]*")])
     assert "\\input" not in hostile and "\\textbackslash{}input\\{/etc/passwd\\}" in hostile
 
 

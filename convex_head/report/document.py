@@ -30,6 +30,10 @@ _SPECIAL = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    # After a row's \\ an asterisk or a bracket would be its argument.
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
 }
 
 

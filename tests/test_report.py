@@ -1,6 +1,5 @@
 """Leaderboard entries, Markdown and page: correct numbers, hostile input, and no torch."""
 
-import dataclasses
 import io
 import json
 import re
@@ -26,7 +25,7 @@ from convex_head.report import (
 from convex_head.report.entries import ROBUSTBENCH_FIELDS, plain, slug
 from convex_head.report.pictures import is_png
 from convex_head.report.plots import curves, frontier
-from convex_head.report.terminal import attack_names, comparison_lines, footnotes, gap_text, results_table
+from convex_head.report.terminal import comparison_lines, footnotes, gap_text, results_table
 
 
 def test_entry_has_robustbench_fields_and_survives_the_disk(tmp_path):
@@ -349,28 +348,6 @@ def test_a_record_with_a_curve_is_drawn_by_itself():
     assert [(eps, accuracy) for eps, accuracy, _, _ in line["values"]] == [("0", 0.9), ("0.05", 0.7), ("0.1", 0.5)]
     assert render_page(entries).count("Accuracy under attack against eps") == 2
     assert "Against eps" in render_page(entries)
-
-
-def test_columns_of_attacks_are_in_the_order_in_which_they_ran():
-    counts = {"attempted": 9, "broken": 0, "skipped": 0, "robust_correct": 9}
-    outcomes = "1" * 9 + "-"
-    first = make_record(
-        attacks={"pgd": counts, "autoattack": counts},
-        outcomes=dict.fromkeys(["pgd", "autoattack"], outcomes),
-        robust_correct=9,
-    )
-    names = ["pgd", "feature-exact", "autoattack"]
-    longer = make_record(
-        attacks=dict.fromkeys(names, counts), outcomes=dict.fromkeys(names, outcomes), robust_correct=9
-    )
-    assert attack_names([first, longer]) == names
-    assert any("pgd, feature-exact, autoattack" in line for line in footnotes([first, longer]))
-    orders = (["pgd", "mi", "fe", "aa"], ["ce", "fe", "t"], ["fe", "aa"], [])
-    bare = dataclasses.replace(first, outcomes={}, clean="", attacks={})
-    several = [dataclasses.replace(bare, attacks=dict.fromkeys(order, counts)) for order in orders]
-    found = attack_names(several)
-    assert sorted(found) == ["aa", "ce", "fe", "mi", "pgd", "t"]
-    assert all([name for name in found if name in order] == order for order in orders)
 
 
 def test_terminal_table_and_comparison():

@@ -15,6 +15,7 @@ max_p |m_p| <= reg, sum_i s_i y_i - (n/2) s_i^2 is a lower bound. Every F is com
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +37,13 @@ NAME = "solvers_relu"
 TOL = 1e-3
 
 
+@dataclass(frozen=True)
+class SquaredEvaluation(GateEvaluation):
+    """``mass`` is sum s y, ``square`` n sum s^2 at the slopes."""
+
+    square: float
+
+
 class SquaredLoss(GatedReluProblem):
     """The problem of the module's docstring."""
 
@@ -47,17 +55,29 @@ class SquaredLoss(GatedReluProblem):
         wrong = self.values(network)[:, 0] - self.target
         return float(0.5 * wrong.square().mean() + self.reg * network.norm)
 
-    def evaluate(self, vectors: Tensor, mu: float, narrow: float, centre: Centre) -> tuple[GateEvaluation, Centre]:
+    def evaluate(
+        self, vectors: Tensor, mu: float, narrow: float, centre: Centre, *, loss_only: bool = False
+    ) -> tuple[SquaredEvaluation, Centre]:
         """Nothing is smoothed: the loss is smooth, and there is no ball."""
-        theta = vectors[:, 0]
+        theta = self._spread(vectors)[:, 0]
         wrong = (self.on * (self.x @ theta.mT)).sum(1) - self.target
-        gradient = (self.on * wrong[:, None]).mT @ self.x / self.n
+        gradient = ((self.on * wrong[:, None]).mT @ self.x / self.n)[:, None]
+        if self.groups is not None:
+            gradient = gradient[self.groups[:, 0], self.groups[:, 1]]
         value = float(0.5 * wrong.square().mean() + self.reg * theta.norm(dim=1).sum())
-        # The best multiple of the slopes -wrong / n that keeps all moments within reg.
         linear, square = -float((wrong * self.target).mean()), float(wrong.square().mean())
-        scale = min(max(linear, 0.0) / max(square, 1e-300), self.reg / float(gradient.norm(dim=1).max()))
-        dual = scale * linear - 0.5 * scale**2 * square
-        return GateEvaluation(value, gradient[:, None], value, dual), centre
+        found = SquaredEvaluation(value, gradient, value, 0.0, linear, square)
+        return replace(found, dual=self.bound(found, float(gradient.norm(dim=-1).max()))), centre
+
+    def bound(self, found: GateEvaluation, largest: float) -> float:
+        """At the best multiple of the slopes -wrong / n that keeps all moments within reg."""
+        assert isinstance(found, SquaredEvaluation)
+        scale = min(max(found.mass, 0.0) / max(found.square, 1e-300), self.reg / max(largest, 1e-300))
+        return scale * found.mass - 0.5 * scale**2 * found.square
+
+    def loss_curvature(self, slopes: Tensor, mu: float) -> Tensor:
+        """One everywhere."""
+        return self.x.new_ones(self.n, 1)
 
 
 def by_group_descent(problem: SquaredLoss) -> Tensor:

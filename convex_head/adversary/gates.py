@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from convex_head.problems.gated_relu import can_flip
-from convex_head.problems.gates import dual_norm
 from convex_head.problems.patterns import with_constant
+from convex_head.problems.smoothing import dual_norm
 
 _ELEMENTS = 4_000_000
 _DOUBLINGS, _BISECTIONS = 20, 30

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convex_head.problems.gates import GateProblem, dual_norm
+from convex_head.problems.gates import GateProblem
+from convex_head.problems.smoothing import dual_norm
 
 
 def can_flip(score: Tensor, gates: Tensor, radius: float | Tensor, ball: str) -> Tensor:

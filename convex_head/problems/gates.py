@@ -32,7 +32,7 @@ T. Gautam and S. Sojoudi, arXiv 2201.01965; patterns sampled as in arXiv 2405.14
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from torch import Tensor
 from convex_head.errors import StartError
 from convex_head.problems.losses import get_loss
 from convex_head.problems.patterns import with_constant
+from convex_head.problems.smoothing import huber, smooth_hinge
 
 _CHUNK_ELEMENTS = 4_000_000
 
@@ -69,25 +70,21 @@ class GateNetwork:
 
 @dataclass(frozen=True)
 class GateEvaluation:
-    """Smoothed objective, its gradient (G, F, d+1), the exact objective and a lower bound of the optimum."""
+    """Smoothed objective, its gradient, the exact objective, a lower bound of the optimum, and sum s behind it."""
 
     smooth: float
     gradient: Tensor
     primal: float
     dual: float
+    mass: float
 
 
 @dataclass(frozen=True)
 class Centre:
-    """Where smoothing is centred: slopes (n, K) of the loss; shares (n, G, F) of the constraints' weight, or None."""
+    """Where smoothing is centred: slopes (n, K) of the loss; shares (n, A) of the constraints' weight, or None."""
 
     slopes: Tensor
     shares: Tensor | None
-
-
-def dual_norm(v: Tensor, ball: str) -> Tensor:
-    """Dual norm of the ball over the last axis, the constant's entry left out; (..., d+1) -> (...)."""
-    return v[..., :-1].abs().sum(-1) if ball == "linf" else v[..., :-1].norm(dim=-1)
 
 
 class GateProblem:
@@ -124,6 +121,7 @@ class GateProblem:
         self.loss, self._loss = loss, get_loss(loss)
         self.num_functions = 1 if num_classes == 2 else num_classes
         self.gates, self.labels, self.dtype = gates, labels, dtype
+        self.groups: Tensor | None = None
         wide = with_constant(features.double())
         score = wide @ gates.mT
         self.on = (score >= 0).to(dtype)
@@ -143,10 +141,32 @@ class GateProblem:
         """The problem on some of the examples."""
         part = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "gates":
+            if isinstance(value, Tensor) and name not in ("gates", "groups"):
                 setattr(part, name, value[index])
         part._chunks = part._chunk()
         return part
+
+    def restricted(self, groups: Tensor) -> GateProblem:
+        """The problem in which all vectors but ``groups`` (A, 2), pairs (g, function), are held at zero.
+
+        Its :meth:`evaluate` takes and returns (A, d+1), and its bound is one of this smaller problem.
+        """
+        part, count = copy.copy(self), len(self.gates)
+        patterns, place = torch.unique(groups[:, 0] % count, return_inverse=True)
+        part.gates = self.gates[patterns]
+        for name in ("on", "flip", "sides"):
+            value = getattr(self, name, None)
+            if value is not None:
+                setattr(part, name, value[:, patterns])
+        part.groups = torch.stack([place + len(patterns) * (groups[:, 0] // count), groups[:, 1]], dim=1)
+        part._chunks = part._chunk()
+        return part
+
+    def _spread(self, vectors: Tensor) -> Tensor:
+        """(G, F, d+1) from the vectors of the groups."""
+        if self.groups is None:
+            return vectors.view(self.shape)
+        return vectors.new_zeros(self.shape).index_put((self.groups[:, 0], self.groups[:, 1]), vectors)
 
     @property
     def n(self) -> int:
@@ -290,21 +310,57 @@ class GateProblem:
     def _penalty(
         self, vectors: Tensor, chunk: slice, mu: float, narrow: float, centre: Centre
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Exact and smoothed sum of penalties of a chunk, and the shares (B, G, F) behind the smoothed one."""
+        """Exact penalties of a chunk, smoothed ones up to a constant, and the shares (B, A) behind these."""
         return None
+
+    def bound(self, found: GateEvaluation, largest: float) -> float:
+        """Lower bound of the optimum, from ``largest`` >= the longest moment for the slopes of ``found``."""
+        return found.mass * min(1.0, self.reg / max(largest, 1e-300))
+
+    def loss_curvature(self, slopes: Tensor, mu: float) -> Tensor:
+        """(n, F) derivatives of the smoothed loss's slopes, where these are strictly inside their set."""
+        share = self._loss.share(self.num_classes)
+        if self._loss.joint:
+            inside = (slopes > 0).to(slopes)
+            free = (slopes.sum(1, keepdim=True) < 1 - 1e-9).to(slopes)
+            other = inside * (1 - (1 - free) / inside.sum(1, keepdim=True).clamp_min(1)) / mu
+            own = free * inside.sum(1, keepdim=True) / mu
+        else:
+            other = ((slopes > 0) & (slopes < share)).to(slopes) * share / mu
+            own = other.sum(1, keepdim=True)
+        out = slopes.new_zeros(self.n, self.num_functions)
+        if self._minus is None:
+            return out.scatter_add(1, self._plus, own if self.num_classes == 2 else other)
+        return out.scatter_add(1, self._minus, other).scatter_add(1, self._plus[:, :1], own)
+
+    def support(self, moments: Tensor, limit: float, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Upper bounds of max m'v - penalty(v) over |v| <= 1, and near-maximisers, not scaled.
+
+        Args:
+            moments: (G F, d+1), of the loss alone, -gradient of ``evaluate(loss_only=True)``.
+            limit: a bound at most this large need not be improved.
+            shares: (n, G F) to start from, or None.
+
+        Returns:
+            (G F,) and (G F, d+1).
+        """
+        return moments.norm(dim=-1), moments
 
     def centre(self) -> Centre:
         """Plain smoothing: all slopes and shares are drawn to zero."""
         return Centre(self.x.new_zeros(self.n, self.num_margins), None)
 
-    def evaluate(self, vectors: Tensor, mu: float, narrow: float, centre: Centre) -> tuple[GateEvaluation, Centre]:
+    def evaluate(
+        self, vectors: Tensor, mu: float, narrow: float, centre: Centre, *, loss_only: bool = False
+    ) -> tuple[GateEvaluation, Centre]:
         """Smoothed objective, its gradient, and what both prove.
 
         Args:
-            vectors: (G, F, d+1) float64.
+            vectors: (G, F, d+1) float64; (A, d+1) where the problem is restricted to A groups.
             mu: smoothing width of the loss and the constraints, > 0, in margin units.
             narrow: smoothing width of the norms, and of the gates that can flip.
             centre: smoothing subtracts (mu/2) |s - centre|^2 from every maximum over s.
+            loss_only: leave the constraints out, so that -gradient are the moments of the loss.
 
         Returns:
             The evaluation, and the maximisers s: a better centre, with which the bias of the smoothing shrinks.
@@ -316,7 +372,7 @@ class GateProblem:
         share = self._loss.share(self.num_classes)
         with torch.enable_grad():
             for chunk in self._chunks:
-                exact, margins = self._margins(self.theta(v), chunk, narrow)
+                exact, margins = self._margins(self.theta(self._spread(v)), chunk, narrow)
                 # Shifted by the centre, the maximum of the loss is the centred one up to a constant.
                 shift = mu / share * centre.slopes[chunk]
                 value, slopes = self._loss.smoothed(margins.detach() - shift, self.num_classes, mu)
@@ -326,31 +382,16 @@ class GateProblem:
                 hard += float(self._loss.value(exact.detach(), self.num_classes).double().sum())
                 mass += float(slopes.double().sum())
                 all_slopes.append(slopes)
-                penalty = self._penalty(v, chunk, mu, narrow, centre)
+                penalty = None if loss_only else self._penalty(v.flatten(0, -2), chunk, mu, narrow, centre)
                 if penalty is not None:
                     surrogate = surrogate + penalty[1]
                     hard += float(penalty[0].detach())
                     smooth += float(penalty[1].detach())
                     all_shares.append(penalty[2])
                 gradient += torch.autograd.grad(surrogate, v)[0]
-        gradient = gradient.double() / self.n
+        gradient, mass = gradient.double() / self.n, mass / self.n
         norm = self.reg * float(vectors.norm(dim=-1).sum())
         largest = float(gradient.norm(dim=-1).max())
-        dual = mass / self.n * min(1.0, self.reg / max(largest, 1e-300))
-        found = GateEvaluation(smooth / self.n + norm, gradient, hard / self.n + norm, dual)
+        found = GateEvaluation(smooth / self.n + norm, gradient, hard / self.n + norm, 0.0, mass)
+        found = replace(found, dual=self.bound(found, largest))
         return found, Centre(torch.cat(all_slopes), torch.cat(all_shares) if all_shares else None)
-
-
-def huber(size: Tensor, width: float) -> Tensor:
-    """|t| smoothed: t^2 / (2 width) inside the width, |t| - width / 2 outside."""
-    if width <= 0:
-        return size
-    return torch.where(size <= width, size.square() / (2 * width), size - 0.5 * width)
-
-
-def smooth_hinge(z: Tensor, width: float) -> Tensor:
-    """max(0, z) smoothed: 0, z^2 / (2 width), z - width / 2."""
-    if width <= 0:
-        return z.clamp_min(0)
-    s = (z / width).clamp(0, 1)
-    return s * (z - 0.5 * width * s)

@@ -1,14 +1,18 @@
-"""Group-norm problems on fixed gates at scale: L-BFGS on v = |u| u, smoothing that shrinks, a bound in every step.
+"""Group-norm problems on fixed gates at scale: a working set of vectors, L-BFGS on v = |u| u, a bound for all of them.
 
-The group norm is made smooth by the substitution v_g = |u_g| u_g, for which |v_g| = |u_g|^2 (the balanced weights of a
-ReLU neuron, as reg |v| = min reg (|w|^2 + a^2) / 2). In u the smoothed problem of width mu is C^1 and L-BFGS applies;
-its only new stationary points have u_g = 0 for a group whose moment m_g is longer than reg, and those are set off again
-along m_g. Each gradient is also a dual point (problems/gates.py), so the relative gap is known all the time: a stage
-ends when the smoothed problem is solved well enough for most of the gap to be due to the smoothing. Then the smoothing
-of slopes and constraints is centred on their last values, the method of multipliers, and that of the norms narrows.
+At the optimum few vectors v_g differ from zero. So the problem is solved with all but a working set held at zero; then
+the moments of the loss say for every vector left out whether it would lower the objective (problems/gates.py), those
+that would do so most are taken in, and so on. The check is a lower bound of the whole problem at the same time: it
+gives every vector its own best multipliers of its constraints.
 
-Large data start with mini-batches (Adam on u), then go on with all examples: only a pass over all of them gives a
-bound.
+Inside the working set the group norm is made smooth by the substitution v_g = |u_g| u_g, for which |v_g| = |u_g|^2
+(the balanced weights of a ReLU neuron, as reg |v| = min reg (|w|^2 + a^2) / 2). In u the smoothed problem of width mu
+is C^1 and L-BFGS applies. A stage ends when the smoothed problem is solved well enough for most of the gap to be due to
+the smoothing. Then the smoothing of slopes and constraints is centred on their last values, the method of multipliers,
+and that of the norms narrows.
+
+Large data start with a sample of the examples, then with mini-batches (Adam on u), then go on with all examples: only
+a pass over all of them gives a bound.
 
 Hard constraints are not for this solver: it approaches feasible points without reaching one.
 """
@@ -16,149 +20,244 @@ Hard constraints are not for this solver: it approaches feasible points without 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from convex_head.errors import UnknownSolverError
-from convex_head.problems.gates import GateEvaluation, GateNetwork
+from convex_head.problems.gates import Centre, GateEvaluation, GateNetwork
 from convex_head.solvers.base import Run, Solver
-from convex_head.solvers.lbfgs import minimise
+from convex_head.solvers.gate_metric import block_metric
+from convex_head.solvers.lbfgs import Pair, minimise
 
-_FIRST_WIDTH, _SHRINK, _LAST_WIDTH = 1.0, 0.3, 0.1
+_FIRST_WIDTH, _SHRINK, _LAST_WIDTH = 1.0, 0.3, 0.03
 _SHRINK_NORMS, _LEAST_WIDTH = 0.4, 1e-12
 _BATCH_WIDTH, _LEARNING_RATE = 0.1, 5e-3
 # A stage ends once this share of the gap is left to the smoothed problem itself.
 _SHARE = 0.3
-_EVALUATIONS, _STALLED_STAGES = 150, 10
+_EVALUATIONS, _STALLED_STAGES, _MEMORY = 100, 10, 50
+# The working set is solved to this share of the gap of the whole problem, and grows by this share, or this many.
+_INNER, _GROWTH, _NEW = 0.5, 1.0, 32
+_MU_GAP, _NARROW_GAP = 3.0, 0.3
+_DEAD = 1e-5
+_SAMPLE_GAP, _SAMPLE_TIME = 0.1, 0.2
 
 
 class GroupDescent(Solver):
-    """L-BFGS on v = |u| u with a lower bound from every gradient.
+    """Working set and L-BFGS on v = |u| u.
 
     Args:
-        batch: examples of a mini-batch of the first phase.
-        epochs: passes over the data of the first phase.
-        batches_above: number of examples from which on there is a first phase.
+        batch: examples of a mini-batch.
+        epochs: passes over the data in mini-batches.
+        batches_above: number of examples from which on a sample of them and mini-batches come first.
+        sample: examples of that sample.
     """
 
     name: ClassVar[str] = "group_descent"
 
-    def __init__(self, batch: int = 500, epochs: int = 3, batches_above: int = 5_000):
-        self.batch, self.epochs, self.batches_above = batch, epochs, batches_above
+    def __init__(self, batch: int = 500, epochs: int = 3, batches_above: int = 5_000, sample: int = 2_000):
+        self.batch, self.epochs, self.batches_above, self.sample = batch, epochs, batches_above, sample
 
     def _solve(self, problem: Any, run: Run) -> None:
         if getattr(problem, "slack", 0.0) == math.inf:
             raise UnknownSolverError("group_descent needs a finite slack; found inf. Use solver='socp', or slack=100.")
         start = problem.zero() if run.start is None else run.start
-        state = _State(problem, run, start)
-        first = state.look(start.vectors)
-        state.report()
-        u = _root(start.vectors) if run.start is not None else 0.1 * _unit(-first.gradient)
-        if problem.n >= self.batches_above:
-            u = self._mini_batches(problem, run, u)
-        lost = 0
-        while not run.finished():
-            before = run.gap
-            u = state.descend(u)
-            state.report()
-            u = state.revive(u)
-            lost = lost + 1 if run.gap > 0.99 * before and not state.solved else 0
-            run.stalled = lost >= _STALLED_STAGES or state.narrow < _LEAST_WIDTH
-            if run.stalled:
-                return
-            state.advance()
-
-    def _mini_batches(self, problem: Any, run: Run, u: Tensor) -> Tensor:
-        """Adam on mini-batches of the smoothed problem."""
+        if problem.n < self.batches_above:
+            _WorkingSet(problem, run, start).solve()
+            return
         generator = torch.Generator().manual_seed(run.seed)
-        u = u.clone()
+        if run.start is None:
+            few = run.trial(max(run.tol, _SAMPLE_GAP))
+            few.max_seconds = None if run.max_seconds is None else _SAMPLE_TIME * run.max_seconds
+            rows = torch.randperm(problem.n, generator=generator)[: self.sample].to(problem.x.device)
+            _WorkingSet(problem.rows(rows), few, start).solve()
+            start = start if few.network is None else few.network
+        state = _WorkingSet(problem, run, start)
+        self._mini_batches(state, generator)
+        state.solve()
+
+    def _mini_batches(self, state: _WorkingSet, generator: torch.Generator) -> None:
+        """Adam on u over mini-batches of the smoothed problem, in the working set."""
+        u, reg = state.u.clone(), state.problem.reg
         first, second, steps = torch.zeros_like(u), torch.zeros_like(u), 0
         for _ in range(self.epochs):
-            for rows in torch.randperm(problem.n, generator=generator).split(self.batch):
-                if run.finished():
-                    return u
+            for rows in torch.randperm(state.problem.n, generator=generator).split(self.batch):
+                if state.run.finished():
+                    break
                 steps += 1
-                part = problem.rows(rows.to(u.device))
-                size = u.norm(dim=-1, keepdim=True)
-                found, _ = part.evaluate(size * u, _BATCH_WIDTH, _BATCH_WIDTH, part.centre())
-                gradient = _through_root(u, found.gradient) + 2 * problem.reg * u
+                part = state.part.rows(rows.to(u.device))
+                vectors = u.norm(dim=-1, keepdim=True) * u
+                found, _ = part.evaluate(vectors, _BATCH_WIDTH, _BATCH_WIDTH, part.centre())
+                gradient = _through_root(u, found.gradient) + 2 * reg * u
                 first = 0.9 * first + 0.1 * gradient
                 second = 0.99 * second + 0.01 * gradient.square()
                 scale = (second / (1 - 0.99**steps)).sqrt() + 1e-8
                 u -= _LEARNING_RATE / (1 - 0.9**steps) * first / scale
-        return u
+        before = state.primal
+        state.look(u.norm(dim=-1, keepdim=True) * u)
+        if state.primal < before:
+            state.u = u
 
 
-class _State:
-    """Best point and bound so far; L-BFGS stages."""
+class _WorkingSet:
+    """Vectors that may differ from zero, the best point and the best bound so far."""
 
     def __init__(self, problem: Any, run: Run, start: GateNetwork):
         self.problem, self.run = problem, run
-        self.best, self.primal = start, problem.objective(start)
-        self.dual = 0.0
+        self.best, self.primal, self.dual = start.vectors, problem.objective(start), 0.0
         self.mu, self.narrow = _FIRST_WIDTH, _FIRST_WIDTH
-        self.centre = self.next_centre = problem.centre()
-        self.solved = False
-        self.last: GateEvaluation | None = None
-        self.evaluations = 0
+        self.slopes = problem.centre().slopes
+        self.evaluations = self.lost = self.checks = 0
         moment = problem.x.double().mT @ problem.x.double() / problem.n
         eye = torch.eye(problem.d + 1, dtype=torch.float64, device=moment.device)
-        self.metric = torch.linalg.inv(moment + 0.1 * eye)
+        self.moment = torch.linalg.inv(moment + 0.1 * eye)
+        alive = start.vectors.norm(dim=-1) > 0
+        alive[:: len(problem.gates)] = True  # the gate that is always on
+        alive |= problem.flip is not None  # there the check outside is crude, and few vectors are zero
+        self.groups = alive.nonzero()
+        vectors = start.vectors[self.groups[:, 0], self.groups[:, 1]]
+        self.part = problem.restricted(self.groups)
+        self.shares = self.part.centre().shares
+        self.solved, self.inner = False, 0.0
+        self.pairs: deque[Pair] = deque(maxlen=_MEMORY)
+        self.last = self.look(vectors)
+        unit = 0.1 * _unit(-self.last.gradient)
+        self.u = torch.where(vectors.norm(dim=-1, keepdim=True) > 0, _root(vectors), unit)
 
     def look(self, vectors: Tensor) -> GateEvaluation:
         found: GateEvaluation
-        found, self.next_centre = self.problem.evaluate(vectors, self.mu, self.narrow, self.centre)
+        found, self.next = self.part.evaluate(vectors, self.mu, self.narrow, Centre(self.slopes, self.shares))
         self.evaluations += 1
-        self.dual = max(self.dual, found.dual)
+        self.inner = max(self.inner, found.dual)
         if found.primal < self.primal:
-            self.primal, self.best = found.primal, GateNetwork(self.problem.gates, vectors.clone())
+            self.primal, self.best = found.primal, self._full(vectors)
         self.last = found
         return found
 
-    def descend(self, u: Tensor) -> Tensor:
+    def _full(self, vectors: Tensor) -> Tensor:
+        full = torch.zeros_like(self.best)
+        full[self.groups[:, 0], self.groups[:, 1]] = vectors
+        return full
+
+    def solve(self) -> None:
+        """Inside and outside in turns."""
+        self.report()
+        while not self.run.finished() and not self.run.stalled:
+            self.solve_inside()
+            self.look_outside()
+            self.report()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def solve_inside(self) -> None:
+        """Stages until the working set is solved well enough to look outside."""
+        lost, self.inner = 0, 0.0
+        everything = len(self.groups) == len(self.best.flatten(0, 1))
+        while not self.run.finished():
+            before = self.primal - self.inner
+            self.descend()
+            self.revive()
+            left = self.primal - self.inner
+            if everything:
+                self.dual = max(self.dual, self.inner)
+                self.report()
+            elif left <= _INNER * max(self.run.tol * self.primal, self.primal - self.dual):
+                return
+            lost = lost + 1 if left > 0.99 * before and not self.solved else 0
+            if lost >= _STALLED_STAGES or self.narrow < _LEAST_WIDTH:
+                self.run.stalled = True
+                return
+            self.advance()
+
+    def descend(self) -> None:
+        reg = self.problem.reg
+        self.look(self.u.norm(dim=-1, keepdim=True) * self.u)
+        metric = self._metric()
+
         def objective(u: Tensor) -> tuple[float, Tensor]:
-            size = u.norm(dim=-1, keepdim=True)
-            found = self.look(size * u)
-            return found.smooth, _through_root(u, found.gradient) + 2 * self.problem.reg * u
+            found = self.look(u.norm(dim=-1, keepdim=True) * u)
+            return found.smooth, _through_root(u, found.gradient) + 2 * reg * u
 
         def done(u: Tensor, gradient: Tensor) -> bool:
-            assert self.last is not None
             found = self.last
             left = min(found.primal, self.primal) - found.dual
             self.solved = found.smooth - found.dual <= _SHARE * left
-            return self.solved or self.gap() <= self.run.tol
+            return self.solved or self.primal - self.inner <= _INNER * self.run.tol * self.primal
 
-        return minimise(
+        self.u = minimise(
             objective,
-            u,
+            self.u,
             converged=done,
             max_evaluations=_EVALUATIONS,
             stop=self.run.finished,
-            metric=lambda gradient: gradient @ self.metric,
+            metric=metric,
+            pairs=self.pairs,
         )[0]
+
+    def _metric(self) -> Callable[[Tensor], Tensor]:
+        if self.problem.flip is None:
+            return block_metric(self.part, self.u, self.mu, self.narrow, self.next)
+        return lambda gradient: gradient @ self.moment
 
     def advance(self) -> None:
         """Centre the smoothing on the last maximisers, and shrink its widths."""
-        self.centre = self.next_centre
-        self.mu = max(_LAST_WIDTH, _SHRINK * self.mu)
+        self.slopes, self.shares = self.next.slopes, self.next.shares
+        gap = (self.primal - self.inner) / max(1e-12, self.primal)
         if self.solved:
+            self.mu = min(self.mu, max(_LAST_WIDTH, _SHRINK * self.mu, _MU_GAP * gap))
             self.narrow *= _SHRINK_NORMS
 
-    def gap(self) -> float:
-        return (self.primal - self.dual) / max(1e-12, self.primal)
-
-    def revive(self, u: Tensor) -> Tensor:
-        assert self.last is not None
+    def revive(self) -> None:
+        """Set vectors off again that died although their moments are longer than reg."""
         moment = -self.last.gradient
-        size = u.norm(dim=-1, keepdim=True)
+        size = self.u.norm(dim=-1, keepdim=True)
         dead = (size < 1e-3 * size.max().clamp_min(1e-3)) & (moment.norm(dim=-1, keepdim=True) > self.problem.reg)
-        return torch.where(dead, 0.03 * size.max().clamp_min(1e-2) * _unit(moment), u)
+        self.u = torch.where(dead, 0.03 * size.max().clamp_min(1e-2) * _unit(moment), self.u)
+
+    # -- outside ----------------------------------------------------------------------------------------------
+
+    def look_outside(self) -> None:
+        """Bound of the whole problem, and the vectors that it asks for."""
+        problem, reg = self.problem, self.problem.reg
+        vectors = self.u.norm(dim=-1, keepdim=True) * self.u
+        self.look(vectors)  # slopes, shares and gradient of this very point: a bound needs them of one piece
+        centre = Centre(self.slopes, None)
+        found, _ = problem.evaluate(self._full(vectors), self.mu, self.narrow, centre, loss_only=True)
+        sizes, moments = problem.support(-found.gradient.flatten(0, 1), reg)
+        sizes, moments = sizes.view(problem.shape[:2]), moments.view(problem.shape)
+        rows, columns = self.groups.unbind(1)
+        inside = torch.minimum(sizes[rows, columns], self.last.gradient.norm(dim=-1))
+        sizes[rows, columns] = inside
+        self.dual = max(self.dual, problem.bound(found, float(sizes.max())))
+        self.checks += 1
+        outside = sizes.clone()
+        outside[rows, columns] = 0
+        wanted = (outside > reg * (1 + 0.1 * self.run.tol)).nonzero()
+        order = outside[wanted[:, 0], wanted[:, 1]].argsort(descending=True)
+        new = wanted[order[: max(_NEW, int(_GROWTH * len(rows)))]]
+        size = self.u.norm(dim=-1)
+        keep = (size.square() > _DEAD * size.max().square()) | (inside > 0.99 * reg) | (rows % len(problem.gates) == 0)
+        keep |= problem.flip is not None
+        if len(new) == 0 and bool(keep.all()):
+            return
+        start = 0.03 * size.max().clamp_min(1e-2) * _unit(moments[new[:, 0], new[:, 1]])
+        self.groups = torch.cat([self.groups[keep], new])
+        self.u = torch.cat([self.u[keep], start])
+        self.part = problem.restricted(self.groups)
+        self.pairs.clear()
+        gap = (self.primal - self.dual) / max(1e-12, self.primal)
+        self.mu = max(self.mu, min(_FIRST_WIDTH, _MU_GAP * gap))
+        self.narrow = max(self.narrow, _NARROW_GAP * gap)
+        if self.shares is not None:
+            kept = self.shares[:, keep]
+            self.shares = torch.cat([kept, kept.new_zeros(len(kept), len(new))], dim=1)
 
     def report(self) -> None:
-        self.run.extra["evaluations"] = self.evaluations
-        network = _prune(self.best)
+        self.run.extra |= {"evaluations": self.evaluations, "checks": self.checks, "working_set": len(self.groups)}
+        network = _prune(GateNetwork(self.problem.gates, self.best))
         self.run.report(primal=self.primal, dual=self.dual, network=network, neurons=network.size)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -107,6 +108,24 @@ def _not_started(task: Task) -> Event:
     return Event(task.name, "failed", text=f"not started, because {task.after} failed")
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until a process has started; the process inherits that it is blocked."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    caught: list[Any] = []
+    previous = signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, previous)
+    if caught and callable(previous):
+        previous(*caught[0])
+
+
 class _Worker:
     """A process that performs one task after another; it ends when the stack closes."""
 
@@ -115,7 +134,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, remote = context.Pipe()
         self.process: BaseProcess = context.Process(target=_serve, args=(remote,), daemon=True)
-        self.process.start()
+        with _undisturbed():
+            self.process.start()
         remote.close()
         self.task: Task | None = None
         stack.callback(self._stop)

@@ -21,6 +21,9 @@ from convex_head.adversary.scan import MarginScan
 from convex_head.problems.losses import MarginLoss
 from convex_head.shards import Whole
 
+# With more functions than this all share one G.
+_OWN = 64
+
 
 def preconditioner(
     scan: MarginScan,
@@ -46,7 +49,7 @@ def preconditioner(
     spectra = scan.spectra(packed)
     functions, m, d = packed.vectors.shape
     device = scan.rows.device
-    gram = torch.zeros(functions, d, d, dtype=torch.float64, device=device)
+    gram = torch.zeros(functions if functions <= _OWN else 1, d, d, dtype=torch.float64, device=device)
     outer = torch.zeros(functions, m, m, dtype=torch.float64, device=device)
     count = torch.zeros(functions, dtype=torch.float64, device=device)
     share = loss.share(scan.num_classes) / (mu * rows)
@@ -65,10 +68,11 @@ def preconditioner(
                 weights.index_add_(0, (group.rows * functions + function.unsqueeze(1)).view(-1), moving.view(-1))
         weights = weights.view(-1, functions)
         count += weights.double().sum(0)
-        for c in range(functions):
-            here = weights[:, c].nonzero().squeeze(1)
+        shared = weights.mean(1, keepdim=True) if len(gram) == 1 else weights
+        for c, weight in enumerate(shared.unbind(1)):
+            here = weight.nonzero().squeeze(1)
             x = chunk.x[here]
-            gram[c] += (x.mT @ (weights[here, c].unsqueeze(1) * x)).double()
+            gram[c] += (x.mT @ (weight[here].unsqueeze(1) * x)).double()
     shard.sum(gram, outer, count)
     outer /= count.clamp_min(1)[:, None, None]
     s, left = torch.linalg.eigh(outer)

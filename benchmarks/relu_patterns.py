@@ -8,8 +8,8 @@ slack       the same at P = 30: weight of violated cone constraints, up to hard 
 data        Fashion-MNIST, pixels pooled to 7 x 7 as features, n = 100..10,000 examples for training, 1,000 for testing
 
 Everything on three splits, with three draws of the patterns: means and standard deviations. Every head is trained with
-the same l2 radius and reg, to a gap of 5 % or for a limited time; the table has the gap that was reached. Accuracies are
-on test examples, in the feature ball of the training radius:
+the same l2 radius and reg, to a gap of 5 % or for a limited time; the table has the gap that was reached. Accuracies
+are on test examples, in the feature ball of the training radius:
 
     attacked    right at the worst point of the ball that is known: an upper bound (exact for the polynomial)
     certified   certified margin above 0: a lower bound (exact for the polynomial)

@@ -35,8 +35,8 @@ class Relu(Activation):
 
     def __init__(self, patterns: Any = None, slack: Any = 1.0, ball: str = "l2"):
         self.patterns, self.slack, self.ball = check_patterns(patterns), check_slack(slack), ball
-        # Only the cone program meets hard constraints.
-        self.solvers = ("socp",) if self.slack == math.inf else GATE_SOLVERS
+        # The cone program meets hard constraints to its own precision, group_descent to FEASIBLE.
+        self.solvers = GATE_SOLVERS[::-1] if self.slack == math.inf else GATE_SOLVERS
         self.settings = {"patterns": self.patterns, "slack": self.slack, "ball": ball}
 
     def empty(self, in_features: int, functions: int) -> dict[str, Tensor]:

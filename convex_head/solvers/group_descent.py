@@ -14,11 +14,14 @@ and that of the norms narrows.
 Large data start with a sample of the examples, then with mini-batches (Adam on u), then go on with all examples: only
 a pass over all of them gives a bound.
 
-Hard constraints are not for this solver: it approaches feasible points without reaching one.
+Hard constraints are solved by the penalty, which is exact for a weight above the largest multiplier: the weight grows
+until the best point violates nothing by more than FEASIBLE (problems/relu.py). Only such points count, and the lower
+bound of the penalised problem is one of the hard problem.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +30,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from convex_head.errors import UnknownSolverError
 from convex_head.problems.gates import Centre, GateEvaluation, GateNetwork
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.gate_metric import block_metric
@@ -43,6 +45,7 @@ _EVALUATIONS, _STALLED_STAGES, _MEMORY = 100, 10, 50
 _INNER, _GROWTH, _NEW = 0.5, 1.0, 32
 _MU_GAP, _NARROW_GAP = 3.0, 0.3
 _DEAD = 1e-5
+_FIRST_SLACK, _SLACK_GROWTH, _LAST_SLACK = 10.0, 10.0, 1e6
 _SAMPLE_GAP, _SAMPLE_TIME = 0.1, 0.2
 
 
@@ -62,11 +65,21 @@ class GroupDescent(Solver):
         self.batch, self.epochs, self.batches_above, self.sample = batch, epochs, batches_above, sample
 
     def _solve(self, problem: Any, run: Run) -> None:
-        if getattr(problem, "slack", 0.0) == math.inf:
-            raise UnknownSolverError("group_descent needs a finite slack; found inf. Use solver='socp', or slack=100.")
+        hard = problem if getattr(problem, "slack", 0.0) == math.inf else None
+        if hard is not None:
+            problem = copy.copy(problem)
+            problem.slack = _FIRST_SLACK
+            run.report(primal=hard.objective(hard.zero()), dual=0.0, network=hard.zero(), neurons=0)
+        self._minimise(problem, run, hard)
+        if hard is not None:
+            from convex_head.solvers.gates_socp import check_alive
+
+            check_alive(hard, run.network.vectors, problem.n)
+
+    def _minimise(self, problem: Any, run: Run, hard: Any) -> None:
         start = problem.zero() if run.start is None else run.start
         if problem.n < self.batches_above:
-            _WorkingSet(problem, run, start).solve()
+            _WorkingSet(problem, run, start, hard).solve()
             return
         generator = torch.Generator().manual_seed(run.seed)
         if run.start is None:
@@ -75,7 +88,7 @@ class GroupDescent(Solver):
             rows = torch.randperm(problem.n, generator=generator)[: self.sample].to(problem.x.device)
             _WorkingSet(problem.rows(rows), few, start).solve()
             start = start if few.network is None else few.network
-        state = _WorkingSet(problem, run, start)
+        state = _WorkingSet(problem, run, start, hard)
         self._mini_batches(state, generator)
         state.solve()
 
@@ -105,8 +118,8 @@ class GroupDescent(Solver):
 class _WorkingSet:
     """Vectors that may differ from zero, the best point and the best bound so far."""
 
-    def __init__(self, problem: Any, run: Run, start: GateNetwork):
-        self.problem, self.run = problem, run
+    def __init__(self, problem: Any, run: Run, start: GateNetwork, hard: Any = None):
+        self.problem, self.run, self.hard = problem, run, hard
         self.best, self.primal, self.dual = start.vectors, problem.objective(start), 0.0
         self.mu, self.narrow = _FIRST_WIDTH, _FIRST_WIDTH
         self.slopes = problem.centre().slopes
@@ -149,6 +162,19 @@ class _WorkingSet:
             self.solve_inside()
             self.look_outside()
             self.report()
+            if self.hard is not None and self.primal - self.dual <= self.run.tol * self.primal:
+                self.tighten()
+
+    def tighten(self) -> None:
+        """More weight on violations; the multipliers stay."""
+        if self.run.gap <= self.run.tol:
+            return
+        self.problem.slack *= _SLACK_GROWTH
+        self.run.stalled = self.problem.slack > _LAST_SLACK
+        self.part = self.problem.restricted(self.groups)
+        self.shares = self.shares / _SLACK_GROWTH
+        self.primal = self.problem.objective(GateNetwork(self.problem.gates, self.best))
+        self.pairs.clear()
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -258,7 +284,8 @@ class _WorkingSet:
     def report(self) -> None:
         self.run.extra |= {"evaluations": self.evaluations, "checks": self.checks, "working_set": len(self.groups)}
         network = _prune(GateNetwork(self.problem.gates, self.best))
-        self.run.report(primal=self.primal, dual=self.dual, network=network, neurons=network.size)
+        primal = self.primal if self.hard is None else self.hard.objective(network)
+        self.run.report(primal=primal, dual=self.dual, network=network, neurons=network.size)
 
 
 def _through_root(u: Tensor, gradient: Tensor) -> Tensor:

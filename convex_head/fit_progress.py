@@ -1,4 +1,4 @@
-"""What ``convex-head fit`` shows while it runs: a bar on a terminal, now and then a line in a log.
+"""What a fit shows while it runs: a bar on a terminal, now and then a line in a log.
 
 A fit has no known number of steps. The share that is done is read from the gap on a logarithmic scale,
 
@@ -10,8 +10,8 @@ or from the time limit where that is further.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
@@ -19,18 +19,37 @@ from convex_head.console import clock, is_live, progress_bars
 from convex_head.solvers.result import Progress
 
 _LINE_SECONDS = 30.0
+_QUIET_SECONDS = 2.0
+
+Show = Callable[[float, str], None]
 
 
 @contextmanager
-def fit_progress(console: Console, tol: float, max_seconds: float | None) -> Iterator[FitProgress]:
-    """A callback for ``ConvexRobustHead.fit`` that shows gap and time left on ``console``."""
-    with progress_bars(console) as bars:
-        task = bars.add_task("fit", total=1.0, note="")
+def fit_progress(
+    console: Console, tol: float, max_seconds: float | None, *, show: bool | None = True
+) -> Iterator[FitProgress | None]:
+    """A callback for ``ConvexRobustHead.fit`` that shows gap and time left on ``console``, or None.
 
-        def show(share: float, text: str) -> None:
-            bars.update(task, completed=share, note=text)
+    Args:
+        console: where to.
+        tol: relative gap aimed at.
+        max_seconds: limit of the fit, or None.
+        show: True, False, or None for: on a terminal alone, once the fit has taken two seconds.
+    """
+    live = is_live(console)
+    if show is False or (show is None and not live):
+        yield None
+        return
+    with ExitStack() as stack:
 
-        yield FitProgress(console, tol, max_seconds, show if is_live(console) else None)
+        def start() -> Show:
+            bars = stack.enter_context(progress_bars(console))
+            task = bars.add_task("fit", total=1.0, note="")
+            return lambda share, text: bars.update(task, completed=share, note=text)
+
+        display = FitProgress(console, tol, max_seconds, start if live else None, 0.0 if show else _QUIET_SECONDS)
+        yield display
+        display.close()
 
 
 class FitProgress:
@@ -40,11 +59,22 @@ class FitProgress:
         console: where a log gets a line each half minute.
         tol: relative gap aimed at.
         max_seconds: limit of the fit, or None.
-        show: gets share done and text; None writes lines instead.
+        start: makes what gets share done and text; None writes lines instead.
+        quiet_seconds: how long nothing is shown.
     """
 
-    def __init__(self, console: Console, tol: float, max_seconds: float | None, show: object = None) -> None:
-        self.console, self.tol, self.max_seconds, self.show = console, tol, max_seconds, show
+    def __init__(
+        self,
+        console: Console,
+        tol: float,
+        max_seconds: float | None,
+        start: Callable[[], Show] | None = None,
+        quiet_seconds: float = 0.0,
+    ) -> None:
+        self.console, self.tol, self.max_seconds = console, tol, max_seconds
+        self.start, self.quiet_seconds = start, quiet_seconds
+        self.show: Show | None = None
+        self.line = ""
         self.first = math.nan
         self.told = 0.0
         self.share = 0.0
@@ -54,12 +84,25 @@ class FitProgress:
         text = (
             f"gap {progress.gap:.1e}, aim {self.tol:.0e}, objective {progress.primal:.4g}, {progress.neurons} neurons"
         )
-        if callable(self.show):
-            self.show(self.share, text)
-        elif progress.seconds - self.told >= _LINE_SECONDS:
-            self.told = progress.seconds
+        if self.start is not None and self.show is None and progress.seconds >= self.quiet_seconds:
+            self.show = self.start()
+        if self.start is not None:
+            if self.show is not None:
+                self.show(self.share, text)
+        else:
             left = f", about {clock(progress.seconds * (1 / self.share - 1))} left" if self.share > 0 else ""
-            self.console.print(f"{clock(progress.seconds)} fit: {text}{left}", style="dim", markup=False)
+            self.line = f"{clock(progress.seconds)} fit: {text}"
+            if progress.seconds - self.told >= _LINE_SECONDS:
+                self.told = progress.seconds
+                self._print(f"{self.line}{left}")
+
+    def close(self) -> None:
+        """The last line of a log."""
+        if self.line:
+            self._print(self.line)
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, style="dim", markup=False)
 
     def _share(self, progress: Progress) -> float:
         """Share done, in [0, 1]."""

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from convex_head.activations import Geometry, Task, TrainingData, make_activation
+from convex_head.console import messages
 from convex_head.errors import ConvergenceWarning, NotFittedError, SettingError
+from convex_head.fit_progress import fit_progress
 from convex_head.head_files import damaged, read_head, write_head
 from convex_head.problems.losses import get_loss
 from convex_head.rows import is_mapped
 from convex_head.shards import Shard, Whole
 from convex_head.solvers import Progress, SolveResult, get_solver
-from convex_head.solvers.progress import progress_line
 from convex_head.solvers.result import as_deployed
 from convex_head.standardisation import mean_and_scale
 from convex_head.threads import one_thread_if_small
@@ -242,7 +243,7 @@ class ConvexRobustHead(nn.Module):
         if start is not None:
             start = problem.check_start(start)
         callbacks = [] if callback is None else [callback]
-        with progress_line(progress, tol) as show:
+        with fit_progress(messages(), tol, max_seconds, show=progress) as show:
             if show is not None:
                 callbacks.append(show)
             with warnings.catch_warnings():

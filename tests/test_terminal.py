@@ -13,7 +13,7 @@ from report_cases import make_record
 from rich.console import Console
 
 from convex_head.console import error_line
-from convex_head.fit_progress import FitProgress
+from convex_head.fit_progress import FitProgress, fit_progress
 from convex_head.report.terminal import results_table
 from convex_head.solvers.result import Progress
 
@@ -118,7 +118,7 @@ def test_a_log_of_evaluate_has_a_line_a_stage_and_no_escape(zoo):
 
 def test_fit_tells_gap_share_and_time_left():
     seen = []
-    display = FitProgress(Console(quiet=True), 1e-3, 100.0, lambda share, text: seen.append((share, text)))
+    display = FitProgress(Console(quiet=True), 1e-3, 100.0, lambda: lambda share, text: seen.append((share, text)))
     for seconds, gap in ((1.0, 0.5), (2.0, 0.05), (3.0, 0.2), (90.0, 0.02), (99.0, 1e-4)):
         display(Progress(0, seconds, 1.0, 1.0 - gap, gap, 7))
     shares = [share for share, _ in seen]
@@ -127,12 +127,28 @@ def test_fit_tells_gap_share_and_time_left():
     assert "gap 5.0e-02, aim 1e-03" in seen[1][1] and "7 neurons" in seen[1][1]
 
 
+def test_a_short_fit_shows_nothing_unless_asked():
+    seen = []
+    display = FitProgress(Console(quiet=True), 1e-3, None, lambda: lambda share, text: seen.append(share), 2.0)
+    for seconds in (0.5, 1.9, 2.0, 3.0):
+        display(Progress(0, seconds, 1.0, 0.9, 0.1 / seconds, 7))
+    assert len(seen) == 2
+    log = Console(file=io.StringIO())
+    for show in (False, None):
+        with fit_progress(log, 1e-3, None, show=show) as callback:
+            assert callback is None
+    with fit_progress(log, 1e-3, None, show=True) as callback:
+        assert callback is not None
+
+
 def test_a_log_of_fit_has_a_line_each_half_minute():
     stream = io.StringIO()
     display = FitProgress(Console(file=stream, width=200), 1e-2, None)
     for seconds in (1.0, 20.0, 31.0, 45.0, 62.0):
         display(Progress(0, seconds, 1.0, 0.9, 1.0 / seconds, 7))
-    first, second = stream.getvalue().splitlines()
+    display.close()
+    first, second, last = stream.getvalue().splitlines()
+    assert last.startswith("1:02 fit: gap 1.6e-02") and "left" not in last
     assert first.startswith("0:31 fit: gap 3.2e-02") and second.startswith("1:02 fit:") and "left" in second
 
 

@@ -234,8 +234,8 @@ class PolynomialProblem:
         count = min(_METRIC_ROWS, self.n)
         if self._reference is None:
             self._reference = self.sample(count, 0)._scan if count < self.n else self._scan
-        settings = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur, "rows": count, "shard": self.shard}
-        return preconditioner(self._reference, packed, self._loss, **settings)
+        settings: dict[str, Any] = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur, "rows": count}
+        return preconditioner(self._reference, packed, self._loss, shard=self.shard, **settings)
 
     # -- dual -----------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ def test_relu_reports_violations_and_hard_ones_have_none() -> None:
     assert hard.result_ is not None and soft.result_ is not None and hard.result_.solver == "socp"
     found, loose = hard.result_.extra, soft.result_.extra
     assert found["violation_max"] <= 1e-5 and found["model_minus_network"] <= 1e-4 and found["constraints_hold"] == 1
-    scalable = ConvexRobustHead(4, 3, slack=math.inf, **settings).double().fit(x, y, tol=1e-2, solver="group_descent")
+    scalable = ConvexRobustHead(4, 3, slack=math.inf, **settings).double().fit(x, y, tol=5e-2, solver="group_descent")
     assert scalable.result_ is not None and scalable.result_.converged
     assert scalable.result_.extra["violation_max"] <= 1e-5 and scalable.result_.extra["model_minus_network"] <= 1e-4
     assert loose["violation_max"] > 1e-3 and loose["violation_mean"] > 0

@@ -1,11 +1,13 @@
 """Every benchmark runs in its quick form, in a process of its own, and writes what its README says."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from convex_head.threat import ThreatModel
 ROOT = Path(__file__).parent.parent
 PUBLISHED = (
     "breast_cancer",
-    "solvers_breast_cancer",
+    "solvers",
     "distance_speed",
     "forward_overhead",
     "scale",
@@ -27,6 +29,8 @@ PUBLISHED = (
     "relu_patterns",
 )
 
+# The two that keep finished parts in a folder, which the test must give.
+KEEPING = ("fashion_mnist", "solvers")
 FASHION = ("coefficients", "layerwise", "fashion_mnist", "transfer", "relu_patterns")
 
 pytest.importorskip("matplotlib")
@@ -65,7 +69,10 @@ def published(tmp_path_factory):
             out = tmp_path_factory.mktemp(name)
             if name in FASHION and not HAS_FASHION:
                 pytest.skip("Fashion-MNIST is not on this machine")
-            run(name, "--threads", "1", "--out", str(out), *(["--folder", str(out)] if name == "fashion_mnist" else []))
+            extra = ["--folder", str(out)] if name in KEEPING else []
+            if name == "solvers" and not HAS_FASHION:
+                extra += ["--only", "breast_cancer", "digits"]
+            run(name, "--threads", "1", "--out", str(out), *extra)
             cache[name] = out
         return cache[name]
 
@@ -81,10 +88,10 @@ def test_outputs(published, name):
     assert written["records"]
     for record in written["records"]:  # flat
         assert not any(isinstance(value, dict) for value in record.values())
-    table = (out / "table.md").read_text().splitlines()
-    header = next(line for line in table if line.startswith("| "))
-    rows = [line for line in table if line.startswith("| ")]
-    assert len(rows) > 2 and all(line.count("|") == header.count("|") for line in rows)
+    tables = [block.splitlines() for block in (out / "table.md").read_text().split("\n\n") if block.startswith("| ")]
+    assert tables
+    for header, rule, *rows in tables:
+        assert rows and all(line.count("|") == header.count("|") for line in (rule, *rows))
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -100,13 +107,123 @@ def test_attacks_never_go_below_the_certificate(published):
         assert record["status"] == "converged" and not record.get("flags")
 
 
+def solves(folder, data):
+    """Records of solvers on a data set, by solver and loss."""
+    found = [row for row in records(folder) if row["kind"] == "solve" and row["data"] == data]
+    return {(row["solver"], row["loss"]): row for row in found}
+
+
 def test_solvers_meet_at_the_reference(published):
-    found = {record["solver"]: record for record in records(published("solvers_breast_cancer"))}
-    for name in ("column_generation", "cutting_set", "sdp"):
+    found = {solver: row for (solver, _), row in solves(published("solvers"), "breast_cancer").items()}
+    for name in ("column_generation", "cutting_set", "sdp, SCS", "sdp, CLARABEL"):
         assert found[name]["status"] == "converged"
         assert found[name]["dual"] <= 0.354804 * (1 + 1e-6) and found[name]["primal"] >= 0.354804 * (1 - 1e-5)
         assert abs(found[name]["above_reference"]) <= 1e-3
-    assert found["penalty"]["gap"] > 1e-3
+    assert found["penalty"]["gap"] > 1e-3 and found["penalty"]["margin_overstatement"] > 0
+
+
+def test_solvers_record_losses_probes_and_accuracies(published):
+    folder = published("solvers")
+    found = solves(folder, "digits")
+    assert {key for key in found if key[0] == "column_generation"} == {
+        ("column_generation", loss) for loss in ("one_vs_rest", "crammer_singer", "multi_margin")
+    }
+    base = found["column_generation", "one_vs_rest"]
+    pairs = found["column_generation", "crammer_singer"]
+    assert pairs["cpu_seconds_ratio"] == pytest.approx(pairs["cpu_seconds"] / base["cpu_seconds"], rel=1e-4)
+    rows = records(folder)
+    for row in rows:
+        if "robust" in row:
+            assert row["robust_low"] <= row["robust"] <= row["robust_high"] and row["robust"] <= row["clean"]
+    linear = {row["solver"].split(",")[0] for row in rows if row["kind"] == "control" and row["data"] == "digits"}
+    assert linear == {"LinearSVC", "LogisticRegression"}
+    gated = [row for row in rows if row["solver"].startswith("pyscnn")]
+    assert len(gated) == (importlib.util.find_spec("scnn") is not None)
+
+
+def test_solvers_put_finished_parts_together(published, tmp_path):
+    first = records(published("solvers"))
+    run("solvers", "--threads", "1", "--folder", str(published("solvers")), "--only", "digits", "--out", str(tmp_path))
+    assert records(tmp_path) == first
+    told = run(
+        "solvers", "--threads", "1", "--folder", str(tmp_path / "none"), "--report", "--out", str(tmp_path / "no")
+    )
+    assert told == "" and not (tmp_path / "no").exists()
+
+
+def test_solvers_run_again_with_other_settings(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.solvers import kept, run
+    from benchmarks.solvers_controls import Controls
+
+    task = Controls("linear", "digits", n=50, d=64, tests=20)
+    run(task, tmp_path, 1)
+    before = kept(task, tmp_path, 1)
+    assert len(before) == 4 and before[0]["test_n"] == 20
+    run(task, tmp_path, 1)
+    assert kept(task, tmp_path, 1) == before
+    assert kept(task, tmp_path, 2) is None
+    assert kept(Controls("linear", "digits", n=60, d=64, tests=20), tmp_path, 1) is None
+
+
+def test_the_sdp_is_never_given_much(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.solvers import full, quick
+
+    for tasks, most in ((quick(), 100), (full(), 455)):
+        sizes = [
+            task.n
+            for task in tasks
+            for entry in getattr(task, "entries", ())
+            if entry.solver.startswith("sdp") or entry.solver == "cutting_set"
+        ]
+        assert max(sizes) == most
+        assert len({task.name for task in tasks}) == len(tasks)
+
+
+def test_linear_worst_cases(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.solvers_controls import linear_margins
+
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=generator).double() for shape in ((3, 4), (3,), (6, 4)))
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    worst = linear_margins(weight, bias, x, y, 0.5)
+    for i in range(6):
+        for column, other in enumerate(k for k in range(3) if k != y[i]):
+            difference = weight[y[i]] - weight[other]
+            step = -0.5 * difference / difference.norm()
+            scores = weight @ (x[i] + step) + bias
+            assert worst[i, column] == pytest.approx(float(scores[y[i]] - scores[other]))
+
+
+def test_epochs_are_linear_in_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.solvers_controls import epoch
+
+    # A step of r rows takes 1 + 2 r seconds: 1,050 rows in 11 steps.
+    assert epoch(1050, 5.0, 17.0, rows=(2, 8)) == pytest.approx(11 + 2100)
+    assert epoch(100, 4.0, 17.0, rows=(2, 8)) == pytest.approx(100 * 13 / 6)
+
+
+def test_kept_features_are_used_as_they_are(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.solvers_data import backbone_features
+
+    written = np.arange(5 * 512, dtype=np.float32).reshape(5, 512)
+    np.save(tmp_path / "fashion_mnist_resnet18_train.npy", written)
+    assert torch.equal(backbone_features(tmp_path, "train", torch.arange(3)), torch.from_numpy(written[:3]))
+
+
+@pytest.mark.parametrize(
+    ("status", "ratio", "shown"),
+    [("converged", 2.0, "2"), ("max_time", 2.0, "> 2"), ("max_iter", 2.0, None), ("failed", None, None)],
+)
+def test_ratios_say_when_they_are_bounds(monkeypatch, status, ratio, shown):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.solvers_report import ratio_shown
+
+    assert ratio_shown(status, ratio) == shown
 
 
 def test_distances_agree_with_scipy(published):
@@ -129,9 +246,9 @@ def test_fashion_mnist_keeps_finished_cells(published):
 
 def test_bounds_of_gated_heads_keep_their_order(published):
     found = [row for row in records(published("relu_patterns")) if "clean" in row]
-    assert {row["kind"] for row in found} == {"polynomial", "relu", "gated, cover", "gated, ignore"}
+    assert {row["kind"] for row in found} == {"polynomial", "relu", "relu, slack 0.1", "gated, cover", "gated, ignore"}
     for row in found:
-        assert row["certified"] <= row["attacked"] <= row["clean"]
+        assert row["certified"] <= row["attacked"] <= row["clean"] and -1e-9 <= row["gap"] <= 1
 
 
 def test_layers_and_polynomials_are_certified(published):
@@ -200,11 +317,14 @@ def made(head, seed, marks):
 
 
 def test_published_results_are_complete():
-    for name in PUBLISHED:
-        folder = ROOT / "benchmarks" / "results" / name
+    folders = [path for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_dir()]
+    assert set(PUBLISHED) - {"solvers"} <= {folder.name for folder in folders}
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    for folder in folders:
         written = json.loads((folder / "records.json").read_text())
         assert "--quick" not in written["origin"]["command"] and written["records"]
         assert (folder / "table.md").exists() and (folder / "figure.png").exists()
+        assert f"(results/{folder.name}/table.md)" in readme
 
 
 def test_a_killed_evaluation_ends_in_the_same_record():

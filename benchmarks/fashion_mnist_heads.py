@@ -85,8 +85,8 @@ def measured() -> Iterator[Cost]:
         cost.seconds, cost.wall = time.process_time() - cpu, time.perf_counter() - wall
 
 
-def _features(model: nn.Module, data: HeadData) -> Tensor:
-    return extract_features(replace_head(model, nn.Identity(), at="fc").backbone, data.images)
+def _features(model: nn.Module, data: HeadData, at: str = "fc") -> Tensor:
+    return extract_features(replace_head(model, nn.Identity(), at=at).backbone, data.images)
 
 
 def _own(model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int) -> tuple[nn.Module, Card]:
@@ -100,7 +100,14 @@ def _linear(model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effor
 
 
 def _mlp(
-    model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int, *, recipe: Recipe | None = None
+    model: nn.Module,
+    data: HeadData,
+    threat: ThreatModel,
+    effort: Effort,
+    seed: int,
+    *,
+    recipe: Recipe | None = None,
+    at: str = "fc",
 ) -> tuple[nn.Module, Card]:
     """Two layers: on features alone, or end to end through the frozen backbone at adversarial images."""
 
@@ -108,7 +115,7 @@ def _mlp(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = MLPHead(features.shape[1], 10, hidden=effort.hidden, features=features[rows])
-        spliced = replace_head(model, head, at="fc")
+        spliced = replace_head(model, head, at=at)
         spliced.head.requires_grad_(True)
         trained: nn.Module = spliced.head if recipe is None else spliced
         inputs = features if recipe is None else data.images
@@ -125,7 +132,7 @@ def _mlp(
         return spliced.eval().requires_grad_(False)
 
     with measured() as total:
-        features = _features(model, data)
+        features = _features(model, data, at)
         scores = []
         for lr in effort.lrs:
             candidate = fitted(lr, data.rest)
@@ -188,11 +195,13 @@ HEADS: dict[str, Fit] = {
     "mlp": _mlp,
     "mlp_at": partial(_mlp, recipe=PGDAdversarialTraining()),
     "mlp_trades": partial(_mlp, recipe=Trades()),
+    "mlp_at_deep": partial(_mlp, recipe=PGDAdversarialTraining(), at="pool"),
     "convex": _convex,
     "convex_wide": partial(_convex, **_WIDE),
     "convex_whitened": partial(_convex, standardise="whiten", **_WIDE),
     "convex_rounds": partial(_convex, rounds=True, **_WIDE),
     "convex_deep": partial(_convex, at="pool"),
+    "convex_deep_wide": partial(_convex, at="pool", radii=(4.0, 8.0), regs=(0.3, 0.1)),
     "relu": partial(_convex, activation="relu"),
     "gated_relu": partial(_convex, activation="gated_relu"),
 }

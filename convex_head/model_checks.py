@@ -231,7 +231,11 @@ def _optimises(model: nn.Module, probe: Tensor) -> dict[str, str]:
         with torch.no_grad():
             ModelView(model, tuple(probe.shape[1:]))(probe[:1])
     finally:
-        sys.setprofile(previous)
+        sys.setprofile(None)
+        if callable(previous):
+            sys.setprofile(previous)
+        elif previous is not None:  # cProfile's own, which only it can put back
+            previous.enable()
     if not calls:
         return {}
     return {"optimises_in_forward": f"the forward pass computes gradients itself, {calls} times for one image"}

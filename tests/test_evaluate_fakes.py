@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
 import warnings
 
@@ -333,3 +334,16 @@ def test_training_mode_matters_only_with_layers_that_have_one() -> None:
 def test_data_that_are_no_images_or_no_labels_are_refused(images: Tensor, labels: Tensor, message: str) -> None:
     with pytest.raises((InputError, ModelContractError), match=message):
         evaluate(trained(mlp(), steps=1), (images, labels), THREAT, ATTACKS)
+
+
+def test_a_running_profiler_is_put_back() -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        record = evaluated(trained(mlp(), steps=1))
+        assert record.n > 0 and sum(range(3)) == 3
+    finally:
+        profiler.disable()
+    profiler.create_stats()
+    # A call after the check of the model: the profiler saw it.
+    assert any(name == "record" for _, _, name in profiler.stats)

@@ -341,7 +341,7 @@ def test_a_running_profiler_is_put_back() -> None:
     profiler.enable()
     try:
         record = evaluated(trained(mlp(), steps=1))
-        assert record.n > 0 and sum(range(3)) == 3
+        assert record.n > 0
     finally:
         profiler.disable()
     profiler.create_stats()

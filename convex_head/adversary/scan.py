@@ -104,19 +104,32 @@ class MarginScan:
         return (chunk.x @ flat.mT).view(-1, functions, m)
 
     def passes(
-        self, spectra: Spectra, radius: float, threshold: float = math.inf, blur: float = 0.0
+        self,
+        spectra: Spectra,
+        radius: float,
+        threshold: float = math.inf,
+        blur: float = 0.0,
+        window: float = math.inf,
     ) -> Iterator[tuple[Chunk, Tensor, Tensor, list[Step]]]:
         """Chunk by chunk: rows, projections, margins (rows, K), and the exact steps group by group.
 
-        Margins are exact (with blur: exactly blurred) where they are below ``threshold``; the others are lower bounds
-        that are not below it.
+        Margins are exact (with blur: exactly blurred) where they are below ``threshold`` and within ``window`` of the
+        smallest of their row; the others are lower bounds that are not below either.
         """
         slack = blur * radius * self.rows.d**0.5
         for chunk in self.rows:
             tau = self.project(chunk, spectra.packed)
             margins = self.lower_bounds(chunk, tau, spectra, radius)
             needed = margins < threshold + slack
-            yield chunk, tau, margins, self.solve(chunk, needed, tau, spectra, radius, margins, blur)
+            common = (tau, spectra, radius, margins, blur)
+            if math.isinf(window) or self.num_margins == 1:
+                yield chunk, tau, margins, self.solve(chunk, needed, *common)
+                continue
+            lowest = margins.argmin(1, keepdim=True)
+            first = torch.zeros_like(needed).scatter_(1, lowest, True) & needed
+            steps = self.solve(chunk, first, *common)
+            others = needed & ~first & (margins < margins.gather(1, lowest) + (window + slack))
+            yield chunk, tau, margins, steps + self.solve(chunk, others, *common)
 
     def solve(
         self,

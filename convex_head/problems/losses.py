@@ -22,6 +22,7 @@ Sources: K. Crammer and Y. Singer, JMLR 2 (2001); ``torch.nn.MultiMarginLoss``; 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,10 @@ class MarginLoss:
     def share(self, num_classes: int) -> float:
         """1/q, the largest slope a single margin can have."""
         return 1.0 if self.joint or num_classes == 2 else 1.0 / num_classes
+
+    def window(self, mu: float) -> float:
+        """How far above the smallest margin of its example a margin can lie and still have a slope at width mu."""
+        return mu if self.joint else math.inf
 
     def value(self, margins: Tensor, num_classes: int) -> Tensor:
         """Loss of each example; margins (n, K) -> (n,)."""

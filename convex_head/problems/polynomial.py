@@ -188,7 +188,8 @@ class PolynomialProblem:
     def objective(self, network: Network) -> float:
         """Exact robust objective F of a network."""
         total = torch.zeros(1, dtype=torch.float64, device=self._device)
-        for _, _, margins, _ in self._scan.passes(self._scan.spectra(self.pack(network)), self.radius, _SATISFIED):
+        spectra, window = self._scan.spectra(self.pack(network)), self._loss.window(0.0)
+        for _, _, margins, _ in self._scan.passes(spectra, self.radius, _SATISFIED, window=window):
             total += self._hard(margins).double().sum()
         self.shard.sum(total)
         return float(total) / self.n + self.reg * float(network.norm)
@@ -219,7 +220,9 @@ class PolynomialProblem:
         spectra = self._scan.spectra(packed)
         adjoint = Adjoint(spectra)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, _SATISFIED, blur):
+        for chunk, _, margins, steps in self._scan.passes(
+            spectra, self.radius, _SATISFIED, blur, self._loss.window(mu)
+        ):
             value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
             sums += torch.stack([value.double().sum(), self._hard(margins).double().sum()])
             adjoint.add(chunk.x, steps, slopes / -self.n)
@@ -242,10 +245,10 @@ class PolynomialProblem:
     def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
         """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
         spectra = self._scan.spectra(packed)
-        point = self._zero_dual()
+        point, limit = self._zero_dual(), 2 * _SATISFIED
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
-        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, 2 * _SATISFIED, blur):
+        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, limit, blur, self._loss.window(mu)):
             _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
             sums[0] += (slopes * (1 - margins)).double().sum()
             sums[1] += self._hard(margins).double().sum()
@@ -257,7 +260,7 @@ class PolynomialProblem:
                 if step.spread is not None:
                     sums[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
-            for _, _, margins, _ in self._scan.passes(spectra, self.radius, 2 * _SATISFIED):
+            for _, _, margins, _ in self._scan.passes(spectra, self.radius, limit, window=self._loss.window(0.0)):
                 at_scales += losses_at_scales(margins, self._hard)
         self.shard.sum(sums, at_scales, point.mass, point.moments)
         penalty = self.reg * float(packed.vectors.double().square().sum())

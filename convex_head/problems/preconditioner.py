@@ -53,7 +53,7 @@ def preconditioner(
     outer = torch.zeros(functions, m, m, dtype=torch.float64, device=device)
     count = torch.zeros(functions, dtype=torch.float64, device=device)
     share = loss.share(scan.num_classes) / (mu * rows)
-    for chunk, _, margins, steps in scan.passes(spectra, radius, 1.0, blur):
+    for chunk, _, margins, steps in scan.passes(spectra, radius, 1.0, blur, loss.window(mu)):
         _, slopes = loss.smoothed(margins, scan.num_classes, mu)
         free = loss.free(slopes, scan.num_classes)
         weights = torch.zeros(len(margins) * functions, dtype=margins.dtype, device=device)

@@ -35,6 +35,8 @@ from convex_head.solvers.curvature import CurvatureMemory
 from convex_head.solvers.lbfgs import minimise
 
 _FIRST_WIDTH = 0.3
+_NEURONS = 8
+_ALL_NEURONS = 96
 _WARM_WIDTHS = 6
 _SHRINK = 0.3
 _NEW_SHARE = 1e-3
@@ -60,7 +62,8 @@ class ColumnGeneration(Solver):
     """See the module docstring.
 
     Args:
-        neurons: neurons of each sign and function to start from.
+        neurons: neurons of each sign and function to start from, and to add in a round at most; None for 8, and fewer
+            from 13 functions on, because a pair of classes costs the cube of its neurons in every pass.
         max_iterations: bound on outer iterations.
         inner_evaluations: bound on evaluations of one inner minimisation.
     """
@@ -68,7 +71,7 @@ class ColumnGeneration(Solver):
     name = "column_generation"
     keeps_checkpoints = True
 
-    def __init__(self, neurons: int = 8, max_iterations: int = 100, inner_evaluations: int = 1000):
+    def __init__(self, neurons: int | None = None, max_iterations: int = 100, inner_evaluations: int = 1000):
         self.neurons = neurons
         self.max_iterations = max_iterations
         self.inner_evaluations = inner_evaluations
@@ -88,7 +91,7 @@ class ColumnGeneration(Solver):
         else:
             if self._is_zero_optimal(problem, _FIRST_WIDTH, run):
                 return
-            network, mu = problem.random_network(self.neurons, run.seed), _FIRST_WIDTH
+            network, mu = problem.random_network(self._width(problem), run.seed), _FIRST_WIDTH
             try:
                 for size in _sample_sizes(problem.n):
                     part = problem.sample(size, run.seed)
@@ -121,7 +124,7 @@ class ColumnGeneration(Solver):
                 violation = float(answer.bounds.amax()) / problem.reg - 1
                 accuracy = min(accuracy, max(_SHRINK * accuracy, _INNER_SHARE * violation))
             if converged:
-                network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy))
+                network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy), self._width(problem))
             run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)
         return network, mu, accuracy
 
@@ -205,9 +208,12 @@ class ColumnGeneration(Solver):
         self._memory.store(pairs, alive, keep)
         return Network(after.directions[keep], after.weights[keep], after.function[keep]), reached
 
-    def _add(self, network: Network, answer: OracleAnswer, reg: float) -> Network:
+    def _width(self, problem: Any) -> int:
+        return self.neurons or max(1, min(_NEURONS, _ALL_NEURONS // problem.num_functions))
+
+    def _add(self, network: Network, answer: OracleAnswer, reg: float, most: int) -> Network:
         """Add the neurons that violate the bound, each with a small share of the network's norm."""
-        function, sign, rank = (answer.values > reg).nonzero(as_tuple=True)
+        function, sign, rank = (answer.values[..., :most] > reg).nonzero(as_tuple=True)
         self._memory.grow(len(sign))
         signs = torch.where(sign == 0, 1.0, -1.0).to(network.weights)
         weight = _NEW_SHARE * max(1.0, float(network.norm)) / max(1, len(sign))

@@ -1,6 +1,6 @@
 """Solvers side by side: time to a certified gap, cost of a pass, held-out accuracy; three data sets, radius 0.5.
 
-    python -m benchmarks.solvers --only breast_cancer     each solver has 30 minutes; Clarabel may need them at n = 455
+    python -m benchmarks.solvers --only breast_cancer     each solver has 10 minutes
     python -m benchmarks.solvers --only digits            each solver has 2 minutes
     python -m benchmarks.solvers --only features          each solve has 5 minutes, after 12 CPU minutes for features
     python -m benchmarks.solvers --report                 tables and figure of what is finished
@@ -38,7 +38,7 @@ _SLOW = (Entry("penalty"), Entry("cutting_set"), *_SDP)
 _FIVE = (Entry("column_generation", repeats=5), *_SLOW)
 _LOSSES = tuple(Entry("column_generation", loss) for loss in ("one_vs_rest", "crammer_singer", "multi_margin"))
 _PENALTY = Entry("penalty", "one_vs_rest")
-_LONGEST = 1800.0
+_LONGEST = 600.0
 
 
 def full() -> list[Task]:

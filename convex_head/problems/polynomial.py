@@ -318,6 +318,19 @@ class PolynomialProblem:
         device = self._device
         return Network(directions.to(device), weights.to(device), function.to(device))
 
+    def mean_network(self) -> Network:
+        """One neuron a function, from the mean of all examples towards that of its class, output weight 1."""
+        sums = torch.zeros(self.num_functions, self.d, dtype=torch.float64, device=self._device)
+        counts = torch.zeros(self.num_functions, 1, dtype=torch.float64, device=self._device)
+        for chunk in self._rows:
+            sums.index_add_(0, chunk.labels, chunk.x.double())
+            counts.view(-1).index_add_(0, chunk.labels, torch.ones_like(chunk.labels, dtype=torch.float64))
+        self.shard.sum(sums, counts)
+        directions = sums / counts.clamp_min(1) - sums.sum(0) / self.n
+        directions /= directions.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        functions = torch.arange(self.num_functions, device=self._device)
+        return Network(directions, torch.ones_like(directions[:, 0]), functions)
+
     def _zero_dual(self) -> DualPoint:
         device, size = self._device, self.d + 1
         mass = torch.zeros(1 if self._scan.pairwise else self.num_functions, dtype=torch.float64, device=device)

@@ -37,6 +37,7 @@ from convex_head.solvers.lbfgs import minimise
 _FIRST_WIDTH = 0.3
 _NEURONS = 8
 _ALL_NEURONS = 96
+_MANY = 96
 _WARM_WIDTHS = 6
 _SHRINK = 0.3
 _NEW_SHARE = 1e-3
@@ -89,9 +90,14 @@ class ColumnGeneration(Solver):
         elif run.start is not None and float(run.start.norm) > 0:
             network, mu = self._resume_from(problem, run.start, run)
         else:
-            if self._is_zero_optimal(problem, _FIRST_WIDTH, run):
+            mu = _FIRST_WIDTH
+            if problem.num_functions > _MANY:
+                # Near the zero network every pair of classes is at work; from the class means few are.
+                network = problem.fit_scale(problem.mean_network(), mu)
+            elif self._is_zero_optimal(problem, mu, run):
                 return
-            network, mu = problem.random_network(self._width(problem), run.seed), _FIRST_WIDTH
+            else:
+                network = problem.random_network(self._width(problem), run.seed)
             try:
                 for size in _sample_sizes(problem.n):
                     part = problem.sample(size, run.seed)

@@ -255,3 +255,19 @@ def test_threads_are_given_back() -> None:
         assert set(seen) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_many_classes_start_from_their_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = 3 * torch.randn(100, 6, generator=generator, dtype=torch.float64)
+    labels = torch.arange(200) % 100
+    features = means[labels] + 0.3 * torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    problem = PolynomialProblem(features, labels, num_classes=100, radius=0.1, reg=0.01)
+    start = problem.mean_network()
+    centre = features.mean(0)
+    expected = torch.stack([features[labels == c].mean(0) - centre for c in range(100)])
+    torch.testing.assert_close(start.directions, expected / expected.norm(dim=1, keepdim=True))
+    result = get_solver("column_generation").solve(problem, tol=0.3, max_seconds=60)
+    assert result.converged and 0 < result.dual <= result.primal
+    assert problem.objective(result.network) == pytest.approx(result.primal, rel=1e-6)
+    assert result.primal < 0.9 * problem.objective(problem.zero_network())

@@ -58,7 +58,6 @@ def full() -> list[Task]:
         Pyscnn("breast_cancer-pyscnn", **cancer),
         SideBySide("digits-1437", reg=0.03, tol=1e-2, max_seconds=120.0, entries=(*_LOSSES, _PENALTY), **digits),
         Controls("digits-linear", **digits),
-        Pyscnn("digits-pyscnn", **digits),
         SideBySide("features-0.1", reg=0.1, entries=both, **large),
         *(SideBySide(f"features-{reg:g}", reg=reg, entries=both[1:], **large) for reg in (0.03, 0.01)),
         PassCost("features-pass", part="features", n=TRAIN["features"], d=512),

@@ -16,8 +16,19 @@ from convex_head.errors import InputError
 from convex_head.records import EvalRecord
 from convex_head.statistics import Comparison, compare
 
-HEAD_ONLY = ("linear", "mlp", "mlp_at", "mlp_trades")
-_MARKERS = {"own": "s", "linear": "v", "mlp": "^", "mlp_at": "D", "mlp_trades": "P"}
+HEAD_ONLY = ("linear", "mlp", "mlp_at", "mlp_trades", "mlp_at_deep")
+_MARKERS = {
+    "own": "s",
+    "linear": "v",
+    "mlp": "^",
+    "mlp_at": "D",
+    "mlp_trades": "P",
+    "mlp_at_deep": "d",
+    "convex": "o",
+    "convex_deep": "p",
+    "convex_deep_wide": "X",
+}
+_OTHER = "*"
 _COSTS = ("seconds", "forwards", "backwards")
 _PARTS = ("with_choice", "fit")
 Key = tuple[str, str, str, str, str, str]
@@ -173,12 +184,14 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
         for row in shown:
             if (row["backbone"], row["eps"]) == (name, eps):
                 head = row["head"]
-                marker = _MARKERS.get(head, "o" if head == "convex" else "*")
+                marker = _MARKERS.get(head, _OTHER)
                 # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
                 pyplot.plot(max(row["seconds"] or 0.1, 0.1), 100 * row["robust"], marker, color=colour, markersize=7)
         pyplot.plot([], [], "-", color=colour, label=f"{name}, {eps}")
-    for head, marker in {**_MARKERS, "convex": "o", "convex variants": "*"}.items():
-        pyplot.plot([], [], marker, color="0.4", label=head)
+    drawn = {row["head"] for row in shown}
+    for head, marker in {**_MARKERS, "other convex variants": _OTHER}.items():
+        if head in drawn or (marker == _OTHER and drawn - set(_MARKERS)):
+            pyplot.plot([], [], marker, color="0.4", label=head)
     pyplot.xscale("log")
     pyplot.xlabel("CPU seconds of the head, choice of its settings included (own: 0, at the left edge)")
     pyplot.ylabel("robust test accuracy, %")

@@ -46,6 +46,7 @@ from convex_head.workers import Listener, Report, Task, run_tasks
 
 _CUT = "fc"
 _EXAMPLES = 6
+BENCH_RECIPES = ("pgd_at", "sam", "standard")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class BenchSettings:
     eps_curve: tuple[str, ...] = ()
     n: int = 150
     seed: int = 0
-    recipes: tuple[str, ...] = ("pgd_at", "sam", "standard")
+    recipes: tuple[str, ...] = BENCH_RECIPES
     heads: tuple[str, ...] = ("own", "linear", "convex")
     attacks: tuple[str, ...] = ("torchattacks:PGD(steps=20)", "torchattacks:MIFGSM(steps=20)", "autoattack")
     epochs: int = 20
@@ -91,7 +92,8 @@ class BenchSettings:
     def command(self) -> str:
         """The command that computes a row again."""
         curve = f" --eps-curve {','.join(self.eps_curve)}" if self.eps_curve else ""
-        return f"convex-head bench --eps {self.eps}{curve} --n-ex {self.n} --seed {self.seed}"
+        training = "" if self.recipes == BENCH_RECIPES else "".join(f" --training {name}" for name in self.recipes)
+        return f"convex-head bench --eps {self.eps}{curve} --n-ex {self.n} --seed {self.seed}{training}"
 
     def quick(self) -> BenchSettings:
         """The same path in seconds: one barely trained backbone, few points, one attack."""

@@ -48,6 +48,9 @@ def bench(
     eps_curve: EpsCurve = None,
     n_ex: Annotated[int, typer.Option("--n-ex", "--n_ex", help="Points of the test split.")] = 150,
     seed: Seed = 0,
+    training: Annotated[
+        list[str] | None, typer.Option(help="Backbone recipe, repeatable: standard, sam, pgd_at, trades.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes; 0 takes one for each CPU core.")] = 0,
     quick: Annotated[bool, typer.Option(help="Seconds: two rows, few points, one attack.")] = False,
     as_json: Json = False,
@@ -55,7 +58,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """The main job: small backbones on digits, their own, a linear and the convex head, under AutoAttack."""
-    from convex_head.bench import BenchSettings
+    from convex_head.baselines import RECIPES
+    from convex_head.bench import BENCH_RECIPES, BenchSettings
     from convex_head.bench_console import run_on_console
     from convex_head.errors import InputError
     from convex_head.threat import ThreatModel
@@ -64,7 +68,10 @@ def bench(
         ThreatModel("Linf", radius)  # before the first of the rows can fail of it
     if n_ex < 1 or jobs < 0:
         raise InputError(f"--n-ex is at least 1 and --jobs at least 0; found {n_ex} and {jobs}.")
-    settings = BenchSettings(eps=eps, eps_curve=_radii(eps_curve), n=n_ex, seed=seed)
+    recipes = tuple(training or BENCH_RECIPES)
+    if unknown := sorted(set(recipes) - set(RECIPES)):
+        raise InputError(f"--training is one of {', '.join(sorted(RECIPES))}; found {', '.join(unknown)}.")
+    settings = BenchSettings(eps=eps, eps_curve=_radii(eps_curve), n=n_ex, seed=seed, recipes=recipes)
     settings = settings.quick() if quick else settings
     complete = run_on_console(settings, out, jobs=jobs or _cores(), as_json=as_json, quiet=quiet, debug=debug)
     if not complete:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from convex_head import errors
 from convex_head.baselines import preact_resnet_small
+from convex_head.bench import BenchSettings
 from convex_head.cli import app
 from convex_head.doctor import examine
 from convex_head.feature_files import read_features
@@ -253,6 +254,13 @@ def test_bench_quick(tmp_path, monkeypatch):
     monkeypatch.setattr("convex_head.bench.robustify", None)
     result = run("bench", "--quick", "--jobs", 1, "--out", tmp_path, code=1)
     assert "error: digits-standard-convex: " in result.stderr and "linear" in result.stdout
+
+
+def test_bench_refuses_unknown_training(tmp_path):
+    result = run("bench", "--training", "sam", "--training", "magic", "--out", tmp_path, code=2)
+    assert "--training is one of pgd_at, sam, standard, trades; found magic" in " ".join(result.stderr.split())
+    assert BenchSettings(recipes=("trades",)).command().endswith(" --seed 0 --training trades")
+    assert "--training" not in BenchSettings().command()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

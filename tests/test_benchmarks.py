@@ -23,6 +23,7 @@ PUBLISHED = (
     "distance_speed",
     "forward_overhead",
     "scale",
+    "warm_starts",
     "coefficients",
     "layerwise",
     "fashion_mnist",

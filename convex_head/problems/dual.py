@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convex_head.adversary.trust_region import minimise_over_sphere
+from convex_head.problems.dual_rows import DualRows
 
 # Neurons offered beside the best one.
 _MORE = 7
@@ -35,12 +36,14 @@ class DualReport:
         primal: hard objective at the best scaling of the output weights (margins are linear in it).
         scale: that scaling.
         smoothing: mean of loss - <s, 1 - w>, the share of the gap that a narrower smoothing would close.
+        rows: the worst cases behind the point, for problems/repair.py; None where they are too many to hold.
     """
 
     point: DualPoint
     primal: float
     scale: float
     smoothing: float
+    rows: DualRows | None = None
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,10 @@ from convex_head.errors import StartError
 from convex_head.problems.adjoint import Adjoint
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
+from convex_head.problems.dual_rows import DualRows, RowCollector
 from convex_head.problems.losses import get_loss
 from convex_head.problems.preconditioner import preconditioner
+from convex_head.problems.repair import repaired
 from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale, losses_at_scales, objectives
 from convex_head.rows import Chunk, Rows
 from convex_head.shards import Whole
@@ -245,7 +247,7 @@ class PolynomialProblem:
     def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
         """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
         spectra = self._scan.spectra(packed)
-        point, limit = self._zero_dual(), 2 * _SATISFIED
+        point, limit, collector = self._zero_dual(), 2 * _SATISFIED, RowCollector()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
         for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, limit, blur, self._loss.window(mu)):
@@ -254,9 +256,10 @@ class PolynomialProblem:
             sums[1] += self._hard(margins).double().sum()
             if blur == 0:
                 at_scales += losses_at_scales(margins, self._hard)
+            free = self._loss.free(slopes, self.num_classes)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
-                self._add_step(point, chunk.x, step, weights)
+                self._add_step(point, chunk, step, weights, free, collector)
                 if step.spread is not None:
                     sums[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
@@ -266,10 +269,12 @@ class PolynomialProblem:
         penalty = self.reg * float(packed.vectors.double().square().sum())
         scale, primal = best_scale(objectives(at_scales, self.n, penalty))
         linear, hard = sums.tolist()
-        return DualReport(point, primal, scale, (hard - linear) / self.n)
+        return DualReport(point, primal, scale, (hard - linear) / self.n, collector.rows(self.shard))
 
-    def _add_step(self, point: DualPoint, x: Tensor, step: Step, weights: Tensor) -> None:
-        """Add the moments of one group's worst cases, weighted (G, B), to a dual point."""
+    def _add_step(
+        self, point: DualPoint, chunk: Chunk, step: Step, weights: Tensor, free: Tensor, collector: RowCollector
+    ) -> None:
+        """Add the moments of one group's worst cases, weighted (G, B), to a dual point, and the cases themselves."""
         group = step.group_pass.group
         bases = step.group_pass.basis()
         for g, form in enumerate(group.forms.tolist()):
@@ -277,8 +282,12 @@ class PolynomialProblem:
             if len(active) == 0:
                 continue
             basis, sign, weight = bases[g], float(group.signs[g]), weights[g, active]
-            worst = x[group.rows[g, active]] + step.ehat[g, active] @ basis.mT
+            rows = group.rows[g, active]
+            worst = chunk.x[rows] + step.ehat[g, active] @ basis.mT
             self._add_moments(point, form, sign, weight, worst)
+            ends = [int(end[form]) for end in self._scan.forms.ends()]
+            room = free[rows, group.columns[g].expand_as(rows)]
+            collector.add(worst, rows + chunk.rows.start, ends, sign, weight, room)
             if step.spread is not None:
                 spread = (basis * (weight @ step.spread[g, active])) @ basis.mT
                 self._add_curvature(point, form, sign, spread.double())
@@ -353,6 +362,18 @@ class PolynomialProblem:
     def oracle(self, point: DualPoint) -> OracleAnswer:
         """Best neuron of every function and sign, and the rigorous lower bound that it proves."""
         return oracle(point, self.reg)
+
+    def repair(self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, aim: float) -> OracleAnswer:
+        """A bound at least as good as ``answer``'s, from slopes solved for anew (problems/repair.py).
+
+        Args:
+            rows: of the :class:`DualReport` that ``answer`` belongs to.
+            packed: the network of that report.
+            answer: the oracle's.
+            aim: a bound that is good enough.
+        """
+        settings: dict[str, Any] = {"num_classes": self.num_classes, "aim": aim, "coefficients": self.coefficients}
+        return repaired(rows, packed, answer, loss=self._loss, reg=self.reg, n=self.n, shard=self.shard, **settings)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

@@ -40,16 +40,20 @@ _ALL_NEURONS = 96
 _MANY = 96
 _WARM_WIDTHS = 6
 _SHRINK = 0.3
+_TIGHTEN = 0.5
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
 _ZERO = 1e-12
 _NEAR = 5
+_FAR = 0.1
 _DEAD = 1e-8
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
-_FIRST_ACCURACY = 0.03
+_FIRST_ACCURACY = 0.1
 _SMOOTHING_SHARE = 0.6
+# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
+_REPAIR_SHARE = 3.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -128,7 +132,7 @@ class ColumnGeneration(Solver):
                 mu *= _SHRINK
             elif converged:
                 violation = float(answer.bounds.amax()) / problem.reg - 1
-                accuracy = min(accuracy, max(_SHRINK * accuracy, _INNER_SHARE * violation))
+                accuracy = min(accuracy, max(_TIGHTEN * accuracy, _INNER_SHARE * violation))
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy), self._width(problem))
             run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)
@@ -150,7 +154,9 @@ class ColumnGeneration(Solver):
             if run.finished():
                 break
             if fitting is None and report.smoothing <= _SMOOTHING_SHARE * run.tol * report.primal:
-                fitting = network, mu
+                fitting = tried[-2 if k else -1][1:]
+                if run.gap > _FAR:
+                    break
         _, network, mu = max(tried, key=lambda found: found[0])
         return (network, mu) if run.gap <= _NEAR * run.tol or fitting is None else fitting
 
@@ -169,8 +175,11 @@ class ColumnGeneration(Solver):
 
     def _measure(self, problem: Any, network: Network, mu: float, run: Run) -> tuple[DualReport, OracleAnswer]:
         """Report the exact objective of the network at its best scaling, and the bound that it proves."""
-        report = problem.dual_point(problem.pack(network), mu, problem.blur(mu))
+        packed = problem.pack(network)
+        report = problem.dual_point(packed, mu, problem.blur(mu))
         answer = problem.oracle(report.point)
+        if report.rows is not None and report.smoothing <= _REPAIR_SHARE * run.tol * report.primal:
+            answer = problem.repair(report.rows, packed, answer, (1 - run.tol) * min(run.primal, report.primal))
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer

@@ -1,0 +1,91 @@
+"""Worst cases of margins with a slope, held in memory: what a dual point is made of.
+
+A dual point (problems/dual.py) is a sum over them; where they fit in memory, problems/repair.py changes their slopes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convex_head.shards import Whole
+
+# Numbers of all points, each once a function that it counts for.
+_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True)
+class DualRows:
+    """The margins with a slope, one a row.
+
+    Attributes:
+        points: (N, d) worst-case points.
+        example: (N,) which of the examples held here.
+        functions: (N, 1 or 2) the functions of the margin, f_p or f_p - f_q.
+        sign: (N,) sign of the margin in front of these.
+        slope: (N,) s_i / n.
+        free: (N,) S leaves the slope room to move.
+    """
+
+    points: Tensor
+    example: Tensor
+    functions: Tensor
+    sign: Tensor
+    slope: Tensor
+    free: Tensor
+
+
+class RowCollector:
+    """Gathers :class:`DualRows` in a pass, as long as they can be held."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._numbers = 0
+
+    def add(
+        self, points: Tensor, example: Tensor, functions: list[int], sign: float, slope: Tensor, free: Tensor
+    ) -> None:
+        """Rows of one margin form, f_p or f_p - f_q."""
+        self._numbers += points.numel() * len(functions)
+        if self._numbers > _LIMIT:
+            self._parts = []
+            return
+        ends = torch.tensor(functions, device=points.device).expand(len(points), -1)
+        self._parts.append((points, example, ends, torch.full_like(slope, sign), slope, free))
+
+    def rows(self, shard: Whole) -> DualRows | None:
+        """All of them; None where they are none or too many in any process."""
+        if shard.any(self._numbers == 0 or self._numbers > _LIMIT):
+            return None
+        return DualRows(*(torch.cat(parts) for parts in zip(*self._parts, strict=True)))
+
+
+class RowLayout:
+    """Rows sorted by function and padded: (F, L, ...)."""
+
+    def __init__(self, rows: DualRows, functions: int):
+        ends = rows.functions.shape[1]
+        function = rows.functions.T.reshape(-1)
+        count, device = len(rows.slope), rows.slope.device
+        order = torch.argsort(function, stable=True)
+        counts = torch.bincount(function, minlength=functions)
+        offset = torch.arange(max(1, int(counts.max())), device=device)
+        mask = offset < counts.unsqueeze(1)
+        first = (counts.cumsum(0) - counts).unsqueeze(1)
+        place = order[(first + torch.where(mask, offset, 0)).clamp_max(max(0, len(order) - 1))]
+        self.row = place % count
+        sign = torch.cat([rows.sign, -rows.sign][:ends])
+        self.sign = sign[place] * mask
+        self.points = rows.points[self.row]
+        self.count = count
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N,) -> (F, L), with the sign of the margin."""
+        return values[self.row] * self.sign
+
+    def collect(self, values: Tensor) -> Tensor:
+        """(F, L) -> (N,), the transpose of :meth:`spread`."""
+        out = torch.zeros(self.count, dtype=values.dtype, device=values.device)
+        return out.index_add_(0, self.row.view(-1), (values * self.sign).view(-1))

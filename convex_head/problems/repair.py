@@ -1,0 +1,193 @@
+"""Repair of a dual point: slopes changed a little, so that the network's own neurons meet the dual constraint.
+
+Near the optimum of the smoothed problem every slope is (1 - w) / mu, so that small errors of a network become large
+ones of the moments A_c, and the bound, which is scaled down by the worst neuron on the sphere, is far worse than the
+network. Worst-case points may stay as they are: the bound holds for any slopes in S and any points in the balls
+(problems/polynomial.py). So the slopes are solved for anew. Stationarity of a neuron u of function c and sign sigma is
+
+    r_u(s) = 2 reg u - sigma sum_i s_i sign_i [(2a u'x_i + b) x_i + (b u'x_i + 2c) u] = 0,
+
+over the points x_i of margins that contain f_c; half of u'r_u is reg minus the value of u in the dual constraint. It
+is linear in s, and
+
+    minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes that S leaves free
+
+is solved by conjugate gradients in products with the points alone: no worst case is solved. The slopes are then put
+back into S and the exact oracle bounds what they prove. The neurons u are those of the network and the oracle's best;
+a further round takes the worst neurons that the round before has left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convex_head.adversary.margins import PackedNetwork
+from convex_head.problems.dual import DualPoint, OracleAnswer, oracle
+from convex_head.problems.dual_rows import DualRows, RowLayout
+from convex_head.problems.losses import MarginLoss
+from convex_head.shards import Whole
+
+_ROUNDS = 8
+# Two rounds that close less than this share of what is missing are the last.
+_GAIN = 0.1
+_STEPS = 25
+_TOL = 1e-3
+_PULL = 1e-2
+# Neurons of less weight than this share of the largest are no constraint; those of the oracle count from here on.
+_SMALL = 1e-2
+_NEAR = 0.98
+# The bound is not worth repairing where the worst neuron is this many times reg.
+_FAR = 4.0
+
+
+class _Stationarity:
+    """The linear map s -> sum of slopes in r_u and its transpose, for neurons (F, M, d) and their signs (F, M)."""
+
+    def __init__(
+        self,
+        layout: RowLayout,
+        neurons: Tensor,
+        signs: Tensor,
+        coefficients: tuple[float, float, float],
+        shard: Whole,
+    ):
+        a, b, c = coefficients
+        self._layout, self._neurons, self._shard = layout, neurons, shard
+        projection = layout.points @ neurons.mT
+        self._along_point = signs.unsqueeze(1) * (2 * a * projection + b)
+        self._along_self = signs.unsqueeze(1) * (b * projection + 2 * c)
+
+    def apply(self, slopes: Tensor) -> Tensor:
+        """(N,) -> (F, M, d), summed over the processes."""
+        weight = self._layout.spread(slopes).unsqueeze(-1)
+        out = (self._along_point * weight).mT @ self._layout.points
+        out += (self._along_self * weight).sum(1).unsqueeze(-1) * self._neurons
+        self._shard.sum(out)
+        return out
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """(F, M, d) -> (N,)."""
+        own = (self._neurons * y).sum(-1).unsqueeze(1)
+        return self._layout.collect((self._along_point * (self._layout.points @ y.mT) + self._along_self * own).sum(-1))
+
+
+def repaired(
+    rows: DualRows,
+    packed: PackedNetwork,
+    answer: OracleAnswer,
+    *,
+    loss: MarginLoss,
+    num_classes: int,
+    coefficients: tuple[float, float, float],
+    reg: float,
+    n: int,
+    aim: float,
+    shard: Whole,
+) -> OracleAnswer:
+    """The best bound that repaired slopes prove, ``answer`` if they prove nothing more.
+
+    Args:
+        rows: margins with a slope, and their worst-case points.
+        packed: the network that they belong to.
+        answer: the oracle's at the slopes of ``rows``.
+        loss, num_classes, coefficients, reg, shard: of the problem.
+        n: examples of all processes.
+        aim: a bound that is good enough.
+    """
+    if float(answer.bounds.amax()) > _FAR * reg:
+        return answer
+    dtype = rows.points.dtype
+    layout = RowLayout(rows, len(packed.signs))
+    norm = packed.nu
+    weight = (norm.square() > _SMALL * norm.square().amax()).to(dtype) * packed.signs.to(dtype)
+    unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+    neurons, signs, slope, best = unit.to(dtype), weight, rows.slope, answer
+    found, idle = answer, 0
+    for _ in range(_ROUNDS):
+        more, more_signs = _near(found, reg, dtype)
+        neurons, signs = _compact(torch.cat([neurons, more], dim=1), torch.cat([signs, more_signs], dim=1))
+        system = _Stationarity(layout, neurons, signs, coefficients, shard)
+        residual = 2 * reg * signs.abs().unsqueeze(-1) * neurons - system.apply(slope)
+        slope = slope + _least_squares(system, residual, rows.free, shard)
+        slope = _into_set(slope, rows, loss, num_classes, n)
+        found = oracle(_dual_point(layout, slope, loss, num_classes, coefficients, shard), reg)
+        idle = idle + 1 if found.dual < best.dual + _GAIN * (aim - best.dual) else 0
+        best = max(best, found, key=lambda answer: answer.dual)
+        if best.dual >= aim or idle == 2:
+            break
+    return best
+
+
+def _near(answer: OracleAnswer, reg: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The oracle's neurons (F, 2k, d) and their signs (F, 2k), 0 where they lie well inside the constraint."""
+    functions, _, _, d = answer.directions.shape
+    sign = torch.tensor([1.0, -1.0], dtype=dtype, device=answer.values.device)[:, None]
+    signs = sign * (answer.values > _NEAR * reg).to(dtype)
+    return answer.directions.reshape(functions, -1, d).to(dtype), signs.reshape(functions, -1)
+
+
+def _compact(neurons: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons (F, M, d) with a sign (F, M) first in each function, and no more columns than one function needs."""
+    order = torch.argsort((signs == 0).to(torch.int8), dim=1, stable=True)
+    order = order[:, : max(1, int((signs != 0).sum(1).max()))]
+    return neurons.gather(1, order.unsqueeze(-1).expand(-1, -1, neurons.shape[-1])), signs.gather(1, order)
+
+
+def _least_squares(system: _Stationarity, residual: Tensor, free: Tensor, shard: Whole) -> Tensor:
+    """Change of the free slopes, by conjugate gradients on the normal equations."""
+    mask = free.to(residual.dtype)
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        total = (x * y).double().sum().view(1)
+        shard.sum(total)
+        return total
+
+    right = system.transpose(residual) * mask
+    ones = system.transpose(system.apply(mask)) * mask
+    pull = float(_PULL * dot(ones, mask) / dot(mask, mask).clamp_min(1))
+    change, rest = torch.zeros_like(right), right
+    direction, square = right, dot(right, right)
+    aim = _TOL**2 * square
+    for _ in range(_STEPS):
+        if not bool(square > aim):
+            break
+        image = system.transpose(system.apply(direction)) * mask + pull * direction
+        length = (square / dot(direction, image)).to(right.dtype)
+        change, rest = change + length * direction, rest - length * image
+        new = dot(rest, rest)
+        direction, square = rest + (new / square).to(right.dtype) * direction, new
+    return change
+
+
+def _into_set(slope: Tensor, rows: DualRows, loss: MarginLoss, num_classes: int, n: int) -> Tensor:
+    """Slopes put back into S, divided by n as they are."""
+    cap = loss.share(num_classes) / n
+    slope = slope.clamp_min(0)
+    if not loss.joint:
+        return slope.clamp_max(cap)
+    total = torch.zeros(int(rows.example.max()) + 1 if len(slope) else 1, dtype=slope.dtype, device=slope.device)
+    total.index_add_(0, rows.example, slope)
+    return slope * (cap / total.clamp_min(cap))[rows.example]
+
+
+def _dual_point(
+    layout: RowLayout,
+    slope: Tensor,
+    loss: MarginLoss,
+    num_classes: int,
+    coefficients: tuple[float, float, float],
+    shard: Whole,
+) -> DualPoint:
+    """Mass and moments of slopes on the points of a layout."""
+    a, b, c = coefficients
+    weight, x = layout.spread(slope), layout.points
+    functions, _, d = x.shape
+    moments = torch.empty(functions, d + 1, d + 1, dtype=torch.float64, device=x.device)
+    moments[:, :d, :d] = a * (x.mT @ (weight.unsqueeze(-1) * x)).double()
+    moments[:, :d, d] = moments[:, d, :d] = 0.5 * b * (weight.unsqueeze(1) @ x).squeeze(1).double()
+    moments[:, d, d] = c * weight.double().sum(1)
+    coupled = loss.pairwise and num_classes > 2
+    mass = slope.double().sum().view(1) if coupled else (weight * layout.sign).double().sum(1)
+    shard.sum(mass, moments)
+    return DualPoint(mass, moments)

@@ -1,0 +1,66 @@
+"""Repaired dual points: better bounds, never above the optimum that the LMI SDP finds."""
+
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_iris
+
+from convex_head.adversary.margins import PackedNetwork
+from convex_head.problems import dual_rows
+from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.solvers.column_generation import ColumnGeneration
+from convex_head.solvers.sdp import build
+
+CASES = (("crammer_singer", 3), ("multi_margin", 3), ("one_vs_rest", 3), ("crammer_singer", 2))
+
+
+def case(loss: str, classes: int, radius: float) -> tuple[PolynomialProblem, float]:
+    features, labels = load_iris(return_X_y=True)
+    if classes == 2:  # the two that overlap
+        features, labels = features[50:], labels[50:] - 1
+    chosen = torch.randperm(50 * classes, generator=torch.Generator().manual_seed(0))[:24].numpy()
+    x = ((features - features.mean(0)) / features.std(0))[chosen]
+    settings: dict[str, Any] = {"num_classes": classes, "radius": radius, "reg": 0.02, "loss": loss}
+    optimum = build(x, labels[chosen], **settings)[0].solve(solver="CLARABEL", canon_backend="SCIPY")
+    return PolynomialProblem(torch.from_numpy(x), torch.from_numpy(labels[chosen]), **settings), optimum
+
+
+@pytest.mark.parametrize(("loss", "classes"), CASES)
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+def test_a_repaired_bound_is_better_and_still_a_bound(loss: str, classes: int, radius: float) -> None:
+    problem, optimum = case(loss, classes, radius)
+    network = ColumnGeneration().solve(problem, tol=1e-2).network
+    packed = problem.pack(network)
+    generator = torch.Generator().manual_seed(1)
+    gained = 0.0
+    for size in (0.0, 0.003, 0.01, 0.03):
+        noise = size * torch.randn(packed.vectors.shape, generator=generator, dtype=torch.float64)
+        rough = PackedNetwork.of(packed.vectors + noise * (packed.signs != 0).unsqueeze(-1), packed.signs)
+        report = problem.dual_point(rough, 0.02, problem.blur(0.02))
+        answer = problem.oracle(report.point)
+        assert report.rows is not None
+        better = problem.repair(report.rows, rough, answer, aim=optimum)
+        assert answer.dual <= better.dual <= optimum + 1e-6
+        gained = max(gained, better.dual - answer.dual)
+    assert gained > 1e-3 * optimum
+
+
+def test_rows_give_the_moments_of_their_pass() -> None:
+    problem, _ = case("crammer_singer", 3, 0.0)
+    packed = problem.pack(problem.random_network(3, 0))
+    report = problem.dual_point(packed, 0.5)
+    rows = report.rows
+    assert rows is not None and float(rows.slope.sum()) == pytest.approx(float(report.point.mass), rel=1e-12)
+    second = torch.zeros_like(report.point.moments[:, :-1, :-1])
+    for x, (plus, minus), sign, slope in zip(rows.points, rows.functions.tolist(), rows.sign, rows.slope, strict=True):
+        second[plus] += sign * slope * 0.09 * torch.outer(x, x)
+        second[minus] -= sign * slope * 0.09 * torch.outer(x, x)
+    torch.testing.assert_close(second, report.point.moments[:, :-1, :-1])
+
+
+def test_rows_are_dropped_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, optimum = case("crammer_singer", 3, 0.3)
+    monkeypatch.setattr(dual_rows, "_LIMIT", 8)
+    assert problem.dual_point(problem.pack(problem.random_network(3, 0)), 0.5).rows is None
+    assert ColumnGeneration().solve(problem, tol=1e-3).primal == pytest.approx(optimum, rel=1e-3)

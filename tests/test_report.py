@@ -272,19 +272,6 @@ def test_report_has_a_table_curves_and_a_section_a_record():
     assert set(links) <= set(ids) and len(links) == 4
 
 
-def test_latex_table():
-    flagged = make_record("a_b & 100%", flags=("x",), flag_details={"x": "y"})
-    lines = render_latex([make_record("m", eps="8/255"), flagged]).splitlines()
-    rows = [line.strip() for line in lines if line.endswith("\\\\")]
-    assert rows[1] == "\\multicolumn{7}{l}{digits, l-infinity, eps = 8/255, n = 10} \\\\"
-    assert rows[2] == "m & 90.0 & 50.0 & 23.7--76.3 & 50.0 & 0.5 & 1.0e-03 \\\\"
-    assert rows[4].startswith("a\\_b \\& 100\\%$^{\\dagger}$ & 90.0") and "flagged" in lines[-2]
-    assert sum("rule" in line for line in lines) == 4
-    hostile = render_latex([make_record("\\input{/etc/passwd}$^~|<>#")])
-    assert "\n    {[}3cm{]}{*} & " in render_latex([make_record("[3cm]*")])
-    assert "\\input" not in hostile and "\\textbackslash{}input\\{/etc/passwd\\}" in hostile
-
-
 def test_pdf_has_a_page_of_table_plots_and_each_record(tmp_path):
     path = tmp_path / "new" / "r.pdf"
     write_pdf([make_record(eps="0.1"), make_record(eps="0.2"), make_record("b", eps="0.2")], path)

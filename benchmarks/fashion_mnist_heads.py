@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.fashion_mnist_backbones import HeadData
 from convex_head.baselines import MLPHead, PGDAdversarialTraining, Recipe, Trades, linear_head, train
 from convex_head.baselines.pgd import pgd_accuracy
+from convex_head.certificate_check import certificate_facts
 from convex_head.errors import ConvergenceWarning
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
@@ -169,18 +170,15 @@ def _convex(
         with measured() as total:
             spliced = robustify(model, pair, threat, **choose, **common)
         head, path = spliced.head, spliced.path_
-        assert isinstance(head, ConvexRobustHead) and head.result_ is not None
+        assert isinstance(head, ConvexRobustHead)
         best = max(path, key=lambda candidate: (candidate.robust, candidate.clean))
         with measured() as last:
             robustify(model, pair, threat, radius=head.radius, reg=head.reg, rounds=best.round, **common)
     card = {
-        "radius": head.radius,
-        "reg": head.reg,
+        **certificate_facts(head),
         "rounds": best.round,
         "validation_clean": best.clean,
         "validation_robust": best.robust,
-        "gap": head.result_.gap,
-        "neurons": head.result_.neurons,
         "path": [asdict(candidate) for candidate in path],
     }
     return spliced, {**card, "total": asdict(total), "last": asdict(last)}

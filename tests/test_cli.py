@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def test_evaluate_takes_robustbench_spellings(factory):
     result = run("evaluate", "--model_name", "zoo:net", *ATTACK, *spelled, "--json")
     payload = json.loads(result.stdout)
     assert payload["threat"]["norm"] == "L2" and payload["n"] == 4 and payload["batch_size"] == 2
+
+
+@pytest.mark.parametrize("more", [(), ("--eps-curve", "0.02, 0.03", "--attack", "torchattacks:PGD(steps=2)")])
+def test_the_command_in_a_record_computes_it_again(factory, tmp_path, more):
+    options = ("--model_name", "zoo:net", *ATTACK, "--n_ex", 6, "--no-pretrained", *more, "--out", tmp_path / "r.json")
+    run("evaluate", *options)
+    record = EvalRecord.load(tmp_path / "r.json")
+    program, *words = shlex.split(record.command)
+    assert program == "convex-head" and words[0] == "evaluate" and "--no-pretrained" in words
+    assert not {"--out", "--quiet", "--json"} & set(words)
+    again = json.loads(run(*words, "--json", "--quiet").stdout)
+    assert EvalRecord.from_dict(again).identity() == record.identity() and again["command"] == record.command
 
 
 def test_evaluate_exits_1_on_a_flagged_record(factory):

@@ -23,7 +23,7 @@ from convex_head.errors import ConvergenceWarning, EntryError
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
-from convex_head.report.entries import fact
+from convex_head.report.values import fact
 from convex_head.solvers import get_solver
 from convex_head.solvers.result import relative_gap
 from convex_head.splice import SplicedModel

@@ -22,10 +22,11 @@ from convex_head.report import (
     render_report,
     write_pdf,
 )
-from convex_head.report.entries import ROBUSTBENCH_FIELDS, plain, slug
+from convex_head.report.entries import ROBUSTBENCH_FIELDS
 from convex_head.report.pictures import is_png
 from convex_head.report.plots import curves, frontier
 from convex_head.report.terminal import comparison_lines, footnotes, gap_text, results_table
+from convex_head.report.values import plain, slug
 
 
 def test_entry_has_robustbench_fields_and_survives_the_disk(tmp_path):

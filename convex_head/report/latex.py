@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from convex_head.records import EvalRecord
 from convex_head.report.document import by_board
-from convex_head.report.entries import fact, plain
 from convex_head.report.terminal import attack_names, gap_text, short_attack
+from convex_head.report.values import fact, plain
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

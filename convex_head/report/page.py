@@ -15,9 +15,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from convex_head.report.entries import Entry, fact, ranked
+from convex_head.report.entries import Entry, ranked
 from convex_head.report.plots import curves, frontier
 from convex_head.report.rows import dataset_name, environment, read_template, row
+from convex_head.report.values import fact
 
 
 def render_page(entries: Iterable[Entry], *, title: str = "Robustness leaderboard", note: str = "") -> str:

@@ -18,10 +18,11 @@ import numpy as np
 from convex_head.errors import InputError, MissingExtraError
 from convex_head.records import EvalRecord
 from convex_head.report.document import board_notes, by_board, numbered
-from convex_head.report.entries import Entry, fact, plain
+from convex_head.report.entries import Entry
 from convex_head.report.plots import curves, frontier
 from convex_head.report.rows import row
 from convex_head.report.terminal import gap_text
+from convex_head.report.values import fact, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

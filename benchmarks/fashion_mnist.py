@@ -32,6 +32,7 @@ from benchmarks.fashion_mnist_report import report
 from convex_head.certificate_check import save_for_check
 from convex_head.console import messages
 from convex_head.data import Dataset, load_dataset
+from convex_head.errors import InputError
 from convex_head.evaluate import evaluate
 from convex_head.examples import adversarial_examples
 from convex_head.head import ConvexRobustHead
@@ -113,12 +114,12 @@ class Plan:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     def command(self, cell: Cell) -> str:
-        """The command that computes a cell again, and no other one where its threat can be named."""
+        """The command that computes a cell again, and no other one."""
         quick = self.schedule == QUICK.schedule
         usual = QUICK if quick else Plan()
         words = ["python", "-m", f"benchmarks.{NAME}", *(["--quick"] if quick else [])]
         words += ["--backbones", cell.backbone, "--heads", cell.head, "--seeds", str(cell.seed)]
-        words += ["--eps", cell.eps] if cell.norm == "Linf" else []
+        words += ["--eps", cell.eps, *(["--norm", cell.norm] if cell.norm != "Linf" else [])]
         words += ["--attacks", cell.attacks] if cell.attacks != usual.attacks else []
         words += ["--arch", cell.arch] if cell.arch != usual.arch else []
         words += ["--n", str(self.n)] if self.n != usual.n else []
@@ -210,7 +211,8 @@ def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     extra.add_argument("--backbones", nargs="+", help="training recipes of the backbones")
     extra.add_argument("--seeds", nargs="+", type=int)
     extra.add_argument("--heads", nargs="+", choices=HEADS)
-    extra.add_argument("--eps", nargs="+", help="Linf eps in pixel units, as in 4/255; alone, no L2 cell is run")
+    extra.add_argument("--eps", nargs="+", help="eps in pixel units, as in 4/255, of the norm that --norm names")
+    extra.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="norm of --eps (default: %(default)s)")
     extra.add_argument("--attacks", choices=ATTACKS)
     extra.add_argument("--n", type=int, help="test points")
     extra.add_argument("--folder", type=Path, help="where backbones, heads and records are kept")
@@ -219,8 +221,10 @@ def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     plan = QUICK if options.quick else Plan()
     given = {name: getattr(options, name) for name in ("arch", "backbones", "seeds", "heads", "attacks", "n")}
     plan = replace(plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None})
+    if options.norm != "Linf" and not options.eps:
+        raise InputError(f"--norm is that of --eps; found --norm {options.norm} alone. Add for example --eps 0.5.")
     if options.eps:
-        plan = replace(plan, threats=tuple(("Linf", eps) for eps in options.eps))
+        plan = replace(plan, threats=tuple((options.norm, eps) for eps in options.eps))
     return options, plan
 
 

@@ -40,7 +40,6 @@ class Effort:
     Attributes:
         epochs, lrs, hidden: of the two-layer heads; every learning rate is tried on the split.
         radii, regs, tol: of the convex heads.
-        rounds: adversarial rounds of the variants that have them.
         max_seconds: limit of one convex fit.
     """
 
@@ -50,7 +49,6 @@ class Effort:
     radii: tuple[float, ...] = (0.5, 1.0, 2.0)
     regs: tuple[float, ...] = (0.1, 0.03)
     tol: float = 0.03
-    rounds: int = 2
     max_seconds: float = 120.0
 
 
@@ -154,14 +152,14 @@ def _convex(
     seed: int,
     *,
     at: str = "fc",
-    rounds: bool = False,
+    rounds: int = 0,
     radii: tuple[float, ...] | None = None,
     regs: tuple[float, ...] | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, Card]:
     """``robustify`` with radius="auto"; then the chosen head once more by itself, for the cost of one fit."""
     choose: Card = {"radii": radii or effort.radii, "regs": regs or effort.regs}
-    choose["rounds"] = effort.rounds if rounds else 0
+    choose["rounds"] = rounds
     common = {"at": at, "tol": effort.tol, "max_seconds": effort.max_seconds, "seed": seed, **settings}
     pair = (data.images, data.labels)
     with warnings.catch_warnings():
@@ -197,8 +195,9 @@ HEADS: dict[str, Fit] = {
     "convex": _convex,
     "convex_wide": partial(_convex, **_WIDE),
     "convex_whitened": partial(_convex, standardise="whiten", **_WIDE),
-    "convex_rounds": partial(_convex, rounds=True, **_WIDE),
+    "convex_rounds": partial(_convex, rounds=2, **_WIDE),
     "convex_deep": partial(_convex, at="pool"),
+    "convex_deep_rounds": partial(_convex, at="pool", rounds=4, radii=(0.5, 2.0), regs=(0.1,)),
     "convex_deep_wide": partial(_convex, at="pool", radii=(4.0, 8.0), regs=(0.3, 0.1)),
     "relu": partial(_convex, activation="relu"),
     "gated_relu": partial(_convex, activation="gated_relu"),

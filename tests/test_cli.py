@@ -228,6 +228,21 @@ def test_checkpoints_hold_weights_only(tmp_path):
         load_weights(other, tmp_path / "other.pt")
 
 
+def test_weights_of_torchvision_and_timm_are_read_as_these_save_them(tmp_path):
+    torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
+    nets = {
+        "torchvision:resnet18": torchvision.models.resnet18(num_classes=7),
+        "timm:resnet10t": timm.create_model("resnet10t", num_classes=7),
+    }
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for spec, net in nets.items():
+        torch.save(net.state_dict(), tmp_path / "w.pt")
+        model = build_model(spec, num_classes=7, checkpoint=tmp_path / "w.pt")
+        expected = net.eval()((images - mean[:, None, None]) / std[:, None, None])
+        assert torch.allclose(model(images), expected, atol=1e-4)
+
+
 def test_models_by_name(factory):
     assert build_model("zoo:net", num_classes=7)(torch.rand(1, 1, 8, 8)).shape == (1, 7)
     net = build_model("torchvision:resnet18", num_classes=4)

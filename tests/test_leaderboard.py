@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import shlex
 import struct
 import threading
 import urllib.error
@@ -89,6 +90,37 @@ def test_published_entries_are_of_this_history_and_their_gaps_have_bounds():
     unknown = unknown_commits(entry.record.commit for entry in entries)
     assert {entry.id for entry in entries if entry.record.commit in unknown} <= OTHER_HISTORY
     assert {entry.id for entry in entries if not is_bounded(entry.record)} <= UNBOUNDED
+
+
+def test_published_commands_ask_for_their_entries(monkeypatch):
+    """Parsed as the programs parse them: the row or cell is there, with its threat, points and attacks."""
+    monkeypatch.syspath_prepend(BOARD.parent)
+    from benchmarks.fashion_mnist import Cell, parsed
+
+    asked = []
+    monkeypatch.setattr(
+        "convex_head.bench_console.run_on_console", lambda settings, *_, **__: not asked.append(settings)
+    )
+    for entry in load_entries(BOARD / "entries"):
+        record = entry.record
+        program, *words = shlex.split(record.command)
+        if program == "convex-head":
+            run(*words)
+            settings = asked.pop()
+            assert record.name in {row.name for row in settings.rows()}
+            assert (settings.threat, settings.n, settings.seed) == (record.threat, record.n, record.seed)
+            assert settings.eps_curve == tuple(point["eps_text"] for point in record.curve)
+            assert set(settings.attacks) <= set(record.attacks) <= {*settings.attacks, "feature-exact", "smaller-eps"}
+        else:
+            assert [program, *words[:2]] == ["python", "-m", "benchmarks.fashion_mnist"]
+            _, plan = parsed(words[2:])
+            cell = Cell(**record.metadata["cell"])
+            assert (cell.model, cell.threat, plan.n) == (record.name, record.threat, record.n)
+            cells = list(plan.cells())
+            if "--eps" in words:
+                assert cells == [cell]
+            else:  # before the option --attacks was written down
+                assert record.created < "2026-11-25" and dataclasses.replace(cell, attacks="autoattack") in cells
 
 
 def test_a_commit_of_another_history_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """The README's snippets run as printed, and its commands are the ones that exist."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from json_schema import faults
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -139,6 +141,9 @@ def test_the_way_to_an_entry_works_as_printed(tmp_path):
             assert "the certificate holds" in done.stderr
     names = {path.name for path in (board / "entries").iterdir()}
     assert names >= {"digits-module-factory-linf-0-1.json", "digits-standard-convex-linf-0-1.json"}
+    schema = json.loads((ROOT / "leaderboard" / "schema.json").read_text(encoding="utf-8"))
+    for path in (board / "entries").iterdir():
+        assert faults(json.loads(path.read_text(encoding="utf-8")), schema) == []
     page = (board / "index.html").read_bytes()
     process = subprocess.Popen(
         [*words_of(serve, tmp_path), "--port", "0"],

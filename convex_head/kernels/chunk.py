@@ -15,22 +15,32 @@ from convex_head.kernels.compiled import Compact, Setting, Sums, Tables, entry, 
 
 LANES = 64
 # Tiles are filled up to a multiple of this, so that loops have no scalar rest.
-_STEP = 16
+_STEP = 8
 _MAX_NEWTON = 60
 
 
 @inner
-def _product(left: np.ndarray, right: np.ndarray, rows: int, inner: int, width: int, out: np.ndarray) -> None:
-    """out = left @ right on (rows, inner) and (inner, width); left has zeros up to a multiple of 4 of inner."""
-    for i in range(rows):
-        row = out[i]
+def _product(left: np.ndarray, right: np.ndarray, rows: int, size: int, width: int, out: np.ndarray) -> None:
+    """out = left @ right on (rows, size) and (size, width), four rows and terms at a time.
+
+    All have room for a multiple of 4, where left is zero beyond ``size`` and out has no meaning beyond ``rows``.
+    """
+    for i in range(0, rows, 4):
+        o0, o1, o2, o3 = out[i], out[i + 1], out[i + 2], out[i + 3]
         for l in range(width):
-            row[l] = 0.0
-        for j in range(0, inner, 4):
-            p0, p1, p2, p3 = left[i, j], left[i, j + 1], left[i, j + 2], left[i, j + 3]
+            o0[l], o1[l], o2[l], o3[l] = 0.0, 0.0, 0.0, 0.0
+        for j in range(0, size, 4):
             r0, r1, r2, r3 = right[j], right[j + 1], right[j + 2], right[j + 3]
+            a0, a1, a2, a3 = left[i, j], left[i, j + 1], left[i, j + 2], left[i, j + 3]
+            b0, b1, b2, b3 = left[i + 1, j], left[i + 1, j + 1], left[i + 1, j + 2], left[i + 1, j + 3]
+            c0, c1, c2, c3 = left[i + 2, j], left[i + 2, j + 1], left[i + 2, j + 2], left[i + 2, j + 3]
+            d0, d1, d2, d3 = left[i + 3, j], left[i + 3, j + 1], left[i + 3, j + 2], left[i + 3, j + 3]
             for l in range(width):
-                row[l] += p0 * r0[l] + p1 * r1[l] + p2 * r2[l] + p3 * r3[l]
+                x0, x1, x2, x3 = r0[l], r1[l], r2[l], r3[l]
+                o0[l] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                o1[l] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+                o2[l] += c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3
+                o3[l] += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
 
 
 @inner
@@ -343,21 +353,29 @@ def _loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.n
 
 @inner_sums
 def _add_outer(left: np.ndarray, right: np.ndarray, rank: int, size: int, width: int, out: np.ndarray) -> None:
-    """out (rank, size) += left @ right', sums over the lanes."""
-    for i in range(rank):
-        a = left[i]
+    """out (rank, size) += left @ right', sums over the lanes; all have room for a multiple of 4."""
+    for i in range(0, rank, 2):
+        a, b = left[i], left[i + 1]
         for j in range(0, size, 4):
-            b0, b1, b2, b3 = right[j], right[j + 1], right[j + 2], right[j + 3]
-            s0 = s1 = s2 = s3 = left.dtype.type(0)
+            r0, r1, r2, r3 = right[j], right[j + 1], right[j + 2], right[j + 3]
+            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = left.dtype.type(0)
             for l in range(width):
-                s0 += a[l] * b0[l]
-                s1 += a[l] * b1[l]
-                s2 += a[l] * b2[l]
-                s3 += a[l] * b3[l]
+                s0 += a[l] * r0[l]
+                s1 += a[l] * r1[l]
+                s2 += a[l] * r2[l]
+                s3 += a[l] * r3[l]
+                t0 += b[l] * r0[l]
+                t1 += b[l] * r1[l]
+                t2 += b[l] * r2[l]
+                t3 += b[l] * r3[l]
             out[i, j] += s0
             out[i, j + 1] += s1
             out[i, j + 2] += s2
             out[i, j + 3] += s3
+            out[i + 1, j] += t0
+            out[i + 1, j + 1] += t1
+            out[i + 1, j + 2] += t2
+            out[i + 1, j + 3] += t3
 
 
 @inner_sums

@@ -1,17 +1,20 @@
 """What compiled functions share: the decorators, and the tuples of arrays that they work on.
 
-Code is kept on disk by numba, which looks at a function's own file alone to tell whether it is out of date: after a
-change here, or of a compiled function that another file uses, delete the folders ``__pycache__``.
+Compiled code is kept on disk, in a folder named by a digest of all files here, because numba itself looks only at the
+file of a function to tell whether its code is out of date. Where no folder can be written, every process compiles anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
+_FOLDER = Path("~/.cache/convex_head/kernels")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -29,11 +32,21 @@ inner_sums = _inner({"contract", "reassoc", "nsz"})
 
 
 def entry(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions that Python calls; their code is kept on disk, where numba finds a place for it."""
+    """For functions that Python calls; their code is kept on disk."""
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy", "no_cfunc_wrapper": True}
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str((Path(before) if before else _FOLDER).expanduser() / _digest())
     try:
-        return numba.njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", no_cfunc_wrapper=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy", no_cfunc_wrapper=True)(function)
+        return numba.njit(cache=True, **options)(function)
+    except (RuntimeError, OSError):
+        return numba.njit(**options)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _digest() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 class Setting(NamedTuple):

@@ -131,7 +131,14 @@ def _members(net: Compact, form: int, out: np.ndarray) -> int:
 
 @entry
 def factor(
-    gram: np.ndarray, beta: np.ndarray, a: float, features: int, net: Compact, combination: np.ndarray, part: int, parts: int
+    gram: np.ndarray,
+    beta: np.ndarray,
+    a: float,
+    features: int,
+    net: Compact,
+    combination: np.ndarray,
+    part: int,
+    parts: int,
 ) -> None:
     """Fill the factors of every ``parts``-th form, and combination (T, M, M) float64 with their Z."""
     member = np.empty(len(gram), np.int64)

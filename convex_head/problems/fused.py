@@ -1,9 +1,9 @@
 """The fused pass on a CPU: margins, losses and derivatives of a chunk in compiled code, one call for its rows.
 
-The same as :class:`problems.adjoint.Adjoint` fed by :meth:`adversary.scan.MarginScan.passes`, which is the reference, and
-what other devices use. Here functions have their own numbers of neurons, nothing is padded to the widest, and what an
-example needs stays in the cache from its projections to its derivative (kernels/chunk.py). Threads are torch's number
-of threads, each with its own rows and its own sums, which are added in order.
+The same as :class:`problems.adjoint.Adjoint`, which is the reference and what other devices use. Here functions have
+their own numbers of neurons, nothing is padded to the widest, and what an example needs stays in the cache from its
+projections to its derivative (kernels/chunk.py). Threads are as many as torch has, each with its own rows and its own
+sums, which are added in order.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from convex_head.adversary.scan import SATISFIED, MarginScan
 from convex_head.problems.losses import MarginLoss
 from convex_head.rows import Chunk
 
-# Pairs of more classes are factored when asked for (adversary/margins.py), which compiled code does not do.
-_FORMS = 1100
 # Fewer rows are not worth a thread.
 _ROWS_OF_A_THREAD = 512
 
@@ -38,8 +36,8 @@ def _kernels() -> tuple[Any, ...] | None:
 
 
 def serves(scan: MarginScan) -> bool:
-    """Whether passes of this scan have compiled code."""
-    return scan.rows.device.type == "cpu" and len(scan.forms.plus) <= _FORMS and _kernels() is not None
+    """Whether passes of this scan have compiled code, which factors all forms at once."""
+    return scan.rows.device.type == "cpu" and not scan.forms.are_many() and _kernels() is not None
 
 
 class FusedPass:
@@ -138,7 +136,8 @@ class FusedPass:
             width = len(self._bulk)
             buffers = torch.empty(2, width * rows, dtype=self._bulk.dtype)
             for chunk in self._scan.rows:
-                tau, coefficient = (buffer[: width * len(chunk.x)].view(width, -1) for buffer in buffers)
+                shape = width, len(chunk.x)
+                tau, coefficient = (buffer[: width * len(chunk.x)].view(shape) for buffer in buffers)
                 torch.mm(self._bulk, chunk.x.mT, out=tau)
                 self._work(chunk, tau.numpy(), coefficient.numpy(), pool)
                 self._at_examples.addmm_(coefficient, chunk.x)
@@ -192,8 +191,8 @@ class FusedPass:
         self.losses, self._mixed, self._on_self = (torch.from_numpy(part) for part in (losses, mixed, on_self))
 
     def parts(self) -> tuple[Tensor, ...]:
-        """What processes add up, in place: the losses, and of the N neurons the gradients at the examples (N, d), through
-        the steps, in combinations of neurons (N, N), and through |v_j|, in units of v_j (N,)."""
+        """What processes add up, in place: the losses, and of the N neurons the gradients at the examples (N, d),
+        through the steps, in combinations of neurons (N, N), and through |v_j|, in units of v_j (N,)."""
         return self.losses, self._at_examples, self._mixed, self._on_self
 
     def gradient(self) -> Tensor:

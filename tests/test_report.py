@@ -123,7 +123,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "link", "input", "img"}:
+        if tag not in {"meta", "link", "input", "img", "wbr"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from convex_head.records import EvalRecord
 from convex_head.report.entries import Entry, is_bounded
@@ -40,8 +41,13 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(percent=lambda value: f"{100 * value:.1f}", clip=plain)
+    made.filters.update(percent=lambda value: f"{100 * value:.1f}", clip=plain, breakable=_breakable)
     return made
+
+
+def _breakable(text: str, limit: int) -> Markup:
+    """Escaped text whose lines may end after an underscore."""
+    return escape(plain(text, limit)).replace("_", Markup("_<wbr>"))
 
 
 def row(entry: Entry, siblings: Iterable[Entry], *, place: int = 0, with_pictures: bool = True) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def evaluations(problem: PolynomialProblem, packed: PackedNetwork, *settings: fl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(polynomial, "_COMPILED_ROWS", 0)
         ours = problem.evaluate(packed, *settings)
-        patch.setattr(fused, "serves", lambda scan: False)
+        patch.setattr(fused, "serves", lambda scan, loss: False)
         return ours, problem.evaluate(packed, *settings)
 
 
@@ -289,7 +289,7 @@ def test_a_solve_ends_at_the_same_optimum(classes: int, loss: str, monkeypatch: 
     first = ColumnGeneration().solve(make(60, 4, classes, loss), tol=1e-3)
     again = ColumnGeneration().solve(make(60, 4, classes, loss), tol=1e-3)
     assert first.converged and torch.equal(first.network.weights, again.network.weights)
-    monkeypatch.setattr(fused, "serves", lambda scan: False)
+    monkeypatch.setattr(fused, "serves", lambda scan, loss: False)
     other = ColumnGeneration().solve(make(60, 4, classes, loss), tol=1e-3)
     assert first.dual <= other.primal and other.dual <= first.primal
 
@@ -314,6 +314,15 @@ def test_numba_is_imported_for_large_problems_alone_and_not_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_other_losses_and_many_classes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(20, 3, 3, "crammer_singer")
+    loss = LOSSES["crammer_singer"]
+    assert fused.serves(problem._scan, loss)
+    assert not fused.serves(problem._scan, replace(loss, name="another"))
+    monkeypatch.setattr("convex_head.adversary.margins._EAGER_FORMS", 2)
+    assert not fused.serves(problem._scan, loss)
 
 
 def test_code_is_compiled_where_numba_may_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

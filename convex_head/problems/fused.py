@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import SATISFIED, MarginScan
-from convex_head.problems.losses import MarginLoss
+from convex_head.problems.losses import LOSSES, MarginLoss
 from convex_head.rows import Chunk
 
 # Fewer rows are not worth a thread.
@@ -35,9 +35,10 @@ def _kernels() -> tuple[Any, ...] | None:
     return tuple(importlib.import_module(f"convex_head.kernels.{name}") for name in ("compiled", "factors", "chunk"))
 
 
-def serves(scan: MarginScan) -> bool:
-    """Whether passes of this scan have compiled code, which factors all forms at once."""
-    return scan.rows.device.type == "cpu" and not scan.forms.are_many() and _kernels() is not None
+def serves(scan: MarginScan, loss: MarginLoss) -> bool:
+    """Whether passes of this scan under this loss have compiled code, which factors all forms at once."""
+    known = loss in LOSSES.values() and not scan.forms.are_many()
+    return known and scan.rows.device.type == "cpu" and _kernels() is not None
 
 
 class FusedPass:

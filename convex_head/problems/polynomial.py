@@ -49,7 +49,7 @@ _EXACT = 2 * SATISFIED
 _BLUR_SHARE = 0.3
 _METRIC_ROWS = 4096
 # Fewer rows are passed over so quickly that they are not worth the seconds which compiling takes, once a machine.
-_COMPILED_ROWS = 400
+_COMPILED_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class PolynomialProblem:
         With blur, both are those of the blurred margins, which are smooth in the weights.
         """
         settings: dict[str, Any] = {"radius": self.radius, "mu": mu, "blur": blur, "examples": self.n}
-        kind = FusedPass if self.n >= _COMPILED_ROWS and fused.serves(self._scan) else Adjoint
+        kind = FusedPass if self.n >= _COMPILED_ROWS and fused.serves(self._scan, self._loss) else Adjoint
         adjoint = kind(self._scan, packed, self._loss, **settings)
         adjoint.run()
         self.shard.sum(*adjoint.parts())

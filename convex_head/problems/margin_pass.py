@@ -1,7 +1,7 @@
 """Worst-case margins on fixed gates, and the gradient of their weighted sum, chunk by chunk of the examples.
 
-The formulas are those of problems/gates.py; theta is (P, F, d+1). Pairwise margins have D_iy = 0, so that forms of all F
-functions are kept side by side and K margins picked out.
+The formulas are those of problems/gates.py; theta is (P, F, d+1). Pairwise margins have D_iy = 0, so that forms of all
+F functions are kept side by side and K margins picked out.
 The derivatives are written out: a pass is bound by memory, and an automatic one would keep every intermediate.
 """
 

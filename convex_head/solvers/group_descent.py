@@ -244,7 +244,7 @@ class _WorkingSet:
         self.look(_squared(self.u), exactly=True)
 
     def _easier(self) -> float:
-        """A smaller reg, so that moments may be longer than intended and yet within reg, for a known part of the gap."""
+        """A smaller reg: moments may then be longer than intended and yet within reg, for a known part of the gap."""
         if self.hard is not None:
             return float(self.problem.reg)
         norm = self.problem.reg * float(self.u.square().sum())

@@ -307,7 +307,7 @@ class GateProblem:
         else:
             other = ((slopes > 0) & (slopes < share)).to(slopes) * share / mu
             own = other.sum(1, keepdim=True)
-        if not self.pairwise:
+        if self.others is None:
             return own if self.num_classes == 2 else other
         out = slopes.new_zeros(self.n, self.num_functions)
         return out.scatter_add(1, self.others, other).scatter_add(1, self.labels[:, None], own)

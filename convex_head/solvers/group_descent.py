@@ -276,9 +276,8 @@ class _WorkingSet:
         """Bound of the whole problem, and the vectors that it asks for."""
         problem, reg = self.problem, self.problem.reg
         vectors = _squared(self.u)
-        self.look(
-            vectors, exactly=True
-        )  # slopes, shares and gradient of this very point: a bound needs them of one piece
+        # Slopes, shares and gradient of this very point: a bound needs them of one piece.
+        self.look(vectors, exactly=True)
         centre = Centre(self.slopes, None)
         found, _ = problem.evaluate(self._full(vectors), self.mu, self.narrow, centre, loss_only=True)
         sizes, moments = problem.support(-found.gradient.flatten(0, 1), reg)

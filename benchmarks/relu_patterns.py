@@ -10,10 +10,10 @@ slack       the same at P = 30: weight of violated cone constraints, up to hard 
 data        Fashion-MNIST, pixels pooled to 7 x 7 as features, n = 100..50,000 examples for training, 2,000 for testing
 
 On three splits with three draws of the patterns (50,000: one): means and standard deviations. All heads have the same
-l2 radius and are trained to a gap of 5 % or for a limited time; the table has the gap that was reached. In the first two
-parts reg is the same for all. In the third every kind has, at every n and on every split, the reg of three whose
-certified accuracy is best on a fifth of the *training* examples, fitted on the rest; at 10,000 on the first split only,
-and 50,000 takes that of 10,000. Accuracies are on test examples, in the feature ball of the training radius:
+l2 radius and are trained to a gap of 5 % or for a limited time; the table has the gap that was reached. In the first
+two parts reg is the same for all. In the third every kind has, at every n and on every split, the reg of three whose
+certified accuracy is best on a fifth of the *training* examples, fitted on the rest; at 10,000 on the first split
+only, and 50,000 takes that of 10,000. Accuracies are on test examples, in the feature ball of the training radius:
 
     attacked    right at the worst point of the ball that is known: an upper bound (exact for the polynomial)
     certified   certified margin above 0: a lower bound (exact for the polynomial)

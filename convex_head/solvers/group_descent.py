@@ -40,7 +40,9 @@ _SHRINK_NORMS, _LEAST_WIDTH = 0.4, 1e-12
 _BATCH_WIDTH, _LEARNING_RATE = 0.1, 5e-3
 # A stage ends once this share of the gap is left to the smoothed problem itself.
 _SHARE = 0.3
-_EVALUATIONS, _STALLED_STAGES, _MEMORY = 100, 10, 50
+_EVALUATIONS, _STALLED_STAGES, _MEMORY = 50, 10, 50
+# A stage's bound is that at the mean of so many last points, if it is better.
+_MEAN = 25
 # The working set is solved to this share of the gap of the whole problem, and grows by this share, or this many.
 _INNER, _GROWTH, _NEW = 0.5, 1.0, 32
 _MU_GAP, _NARROW_GAP = 3.0, 0.3
@@ -138,7 +140,7 @@ class _WorkingSet:
         self.restrict()
         self.shares = self.part.centre().shares
         self.solved, self.inner = False, 0.0
-        self.hope: tuple[float, Tensor] = (0.0, vectors)
+        self.point = vectors
         self.pairs: deque[Pair] = deque(maxlen=_MEMORY)
         self.look(vectors, exactly=True)
         unit = 0.1 * _unit(-self.last.gradient)
@@ -153,8 +155,6 @@ class _WorkingSet:
             self.inner = max(self.inner, found.dual)
             if found.primal < self.primal:
                 self.primal, self.best = found.primal, self._full(vectors)
-        elif found.dual > max(self.inner, self.hope[0]):
-            self.hope = (found.dual, vectors)
         self.last = found
         return found
 
@@ -213,19 +213,24 @@ class _WorkingSet:
             self.advance()
 
     def descend(self) -> None:
-        """One stage, and what its last point and its best bound are worth."""
-        self.hope = (0.0, self.hope[1])
+        """One stage, and what its points are worth.
+
+        The moments of single points overshoot from step to step, and the longest of them scales the bound. At the mean
+        of the last points most of that cancels; the best bound of a stage is often many times closer there.
+        """
+        recent: deque[Tensor] = deque(maxlen=_MEAN)
         self.look(_squared(self.u))
         metric, easier = self._metric(), self._easier()
         less = self.problem.reg - easier
 
         def objective(u: Tensor) -> tuple[float, Tensor]:
-            found = self.look(_squared(u))
+            recent.append(_squared(u))
+            found = self.look(recent[-1])
             return found.smooth - less * float(u.square().sum()), _through_root(u, found.gradient) + 2 * easier * u
 
         def done(u: Tensor, gradient: Tensor) -> bool:
             found = self.last
-            primal, inner = min(found.primal, self.primal), max(self.inner, self.hope[0])
+            primal, inner = min(found.primal, self.primal), max(self.inner, found.dual)
             smooth = found.smooth - less * float(u.square().sum())
             self.solved = smooth - found.dual <= _SHARE * (primal - found.dual)
             return self.solved or primal - inner <= _INNER * self.run.tol * primal
@@ -239,9 +244,14 @@ class _WorkingSet:
             metric=metric,
             pairs=self.pairs,
         )[0]
-        if self.hope[0] > self.inner:
-            self.look(self.hope[1], exactly=True)
-        self.look(_squared(self.u), exactly=True)
+        ends = [_squared(self.u), torch.stack([*recent, _squared(self.u)]).mean(0)]
+        bounds = [self.look(end, exactly=True).dual for end in ends]
+        self.point = ends[bounds.index(max(bounds))]
+        if self.point is ends[0]:
+            self.look(self.point, exactly=True)
+        norm = float(self.point.norm(dim=-1).sum())
+        left = self.primal - self.last.dual
+        self.solved = self.solved or self.last.smooth - less * norm - self.last.dual <= _SHARE * left
 
     def _easier(self) -> float:
         """A smaller reg: moments may then be longer than intended and yet within reg, for a known part of the gap."""
@@ -275,7 +285,7 @@ class _WorkingSet:
     def look_outside(self) -> None:
         """Bound of the whole problem, and the vectors that it asks for."""
         problem, reg = self.problem, self.problem.reg
-        vectors = _squared(self.u)
+        vectors = self.point
         # Slopes, shares and gradient of this very point: a bound needs them of one piece.
         self.look(vectors, exactly=True)
         centre = Centre(self.slopes, None)

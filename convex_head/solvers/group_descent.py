@@ -40,7 +40,7 @@ _SHRINK_NORMS, _LEAST_WIDTH = 0.4, 1e-12
 _BATCH_WIDTH, _LEARNING_RATE = 0.1, 5e-3
 # A stage ends once this share of the gap is left to the smoothed problem itself.
 _SHARE = 0.3
-_EVALUATIONS, _STALLED_STAGES, _MEMORY = 50, 10, 50
+_EVALUATIONS, _STALLED_STAGES, _MEMORY = 50, 25, 50
 # A stage's bound is that at the mean of so many last points, if it is better.
 _MEAN = 25
 # The working set is solved to this share of the gap of the whole problem, and grows by this share, or this many.

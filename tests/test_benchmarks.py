@@ -30,8 +30,8 @@ PUBLISHED = (
     "relu_patterns",
 )
 
-# The two that keep finished parts in a folder, which the test must give.
-KEEPING = ("fashion_mnist", "solvers")
+# Those that keep finished parts in a folder, which the test must give.
+KEEPING = ("fashion_mnist", "solvers", "relu_patterns")
 FASHION = ("coefficients", "layerwise", "fashion_mnist", "transfer", "relu_patterns")
 
 pytest.importorskip("matplotlib")

@@ -316,6 +316,15 @@ def test_numba_is_imported_for_large_problems_alone_and_not_needed() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
+def test_numbers_that_have_no_factors_are_the_fault_that_solvers_know(value: float) -> None:
+    problem = make(20, 3, 3, "crammer_singer")
+    packed = problem.pack(network(3, 3, 6))
+    with pytest.raises(torch.linalg.LinAlgError):
+        problem.evaluate(PackedNetwork.of(packed.vectors * value, packed.signs), 0.1)
+
+
 def test_other_losses_and_many_classes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(20, 3, 3, "crammer_singer")
     loss = LOSSES["crammer_singer"]

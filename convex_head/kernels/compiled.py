@@ -7,13 +7,15 @@ file of a function to tell whether its code is out of date. Where no folder can 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
+# Its types leave out options of the decorator and the configuration that are used here.
+numba: Any = importlib.import_module("numba")
 _FOLDER = Path("~/.cache/convex_head/kernels")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -166,12 +166,16 @@ def factor(
 @entry
 def combine(net: Compact, combination: np.ndarray, in_basis: np.ndarray, out: np.ndarray) -> None:
     """Add Z in_basis of every form to out (N, N): row j has the combination of neurons that moves neuron j."""
-    member = np.empty(len(out), np.int64)
+    member, row = np.empty(len(out), np.int64), np.empty(len(out))
     for form in range(len(net.plus)):
         size, rank = _members(net, form, member), net.rank[form]
+        z, sums = combination[form], in_basis[form]
         for i in range(size):
             for j in range(size):
-                total = 0.0
-                for l in range(rank):
-                    total += combination[form, i, l] * in_basis[form, l, j]
-                out[member[j], member[i]] += total
+                row[j] = 0.0
+            for l in range(rank):
+                share = z[i, l]
+                for j in range(size):
+                    row[j] += share * sums[l, j]
+            for j in range(size):
+                out[member[j], member[i]] += row[j]

@@ -146,16 +146,12 @@ class FusedPass:
 
     def _factor(self, pool: ThreadPoolExecutor) -> None:
         gram = (self._vectors @ self._vectors.mT).numpy()
-        a, features = self._scan.coefficients[0], self._scan.rows.d
-        self._factors.factor_functions(gram, self._net)
-        self._share(
-            pool,
-            self._factors.factor,
-            [
-                (gram, self._beta, a, features, self._net, self._combination, part, self._threads)
-                for part in range(self._threads)
-            ],
-        )
+        given = (gram, self._beta, self._scan.coefficients[0], self._scan.rows.d, self._net, self._combination)
+        try:
+            self._factors.factor_functions(gram, self._net)
+            self._share(pool, self._factors.factor, [(*given, part, self._threads) for part in range(self._threads)])
+        except np.linalg.LinAlgError as fault:
+            raise torch.linalg.LinAlgError(str(fault)) from fault
 
     def _work(self, chunk: Chunk, tau: np.ndarray, coefficient: np.ndarray, pool: ThreadPoolExecutor) -> None:
         n = len(chunk.x)

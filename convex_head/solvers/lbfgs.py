@@ -4,9 +4,7 @@ torch.optim.LBFGS is not used: it costs a Python loop over parameters and severa
 Wolfe search, where one evaluation here is a pass over the data; scipy's would move every iterate to the host.
 
 Source: J. Nocedal and S. Wright, "Numerical Optimization" (2006), algorithms 7.4-7.5, with an Armijo backtracking
-search; pairs that break the curvature condition are skipped. The two loops of algorithm 7.4 over the pairs are two
-triangular systems in the products of steps and changes, and four products with all pairs at once (R. Byrd, J. Nocedal,
-R. Schnabel, Math. Program. 63 (1994), theorem 2.2).
+search; pairs that break the curvature condition are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]
@@ -52,14 +49,13 @@ def minimise(
     value, gradient = objective(x)
     evaluations = 1
     pairs = deque(maxlen=memory) if pairs is None else pairs
-    learned = _Curvature(x, pairs)
     while evaluations < max_evaluations and not stop() and not converged(x, gradient):
-        direction = learned.direction(gradient, metric)
+        direction = _two_loop(gradient, pairs, metric)
         slope = float((direction * gradient).sum())
         if slope >= 0:
             if not pairs:
                 break
-            learned.clear()
+            pairs.clear()
             continue
         length = 1.0 if pairs else min(1.0, abs(value) / max(-slope, 1e-300))
         accepted = False
@@ -77,78 +73,27 @@ def minimise(
         if not accepted:
             if not pairs:
                 break
-            learned.clear()
+            pairs.clear()
             continue
         step, change = candidate - x, new_gradient - gradient
         product = float((step * change).sum())
         if product > 1e-12 * float(step.norm() * change.norm()):
-            learned.add(step, change, product)
+            pairs.append((step, change, product))
         x, value, gradient = candidate, new_value, new_gradient
     return x, evaluations
 
 
-class _Curvature:
-    """The pairs, oldest first, as rows of two matrices; those of the deque are views of these.
-
-    Args:
-        x: a point, for shape and dtype.
-        pairs: of an earlier search, with a maximal length; kept up to date.
-    """
-
-    def __init__(self, x: Tensor, pairs: deque[Pair]):
-        size = pairs.maxlen or MEMORY
-        self._pairs, self._shape = pairs, x.shape
-        self._steps, self._changes = x.new_empty(2, size, x.numel())
-        # Products of the step of a row with the change of a column; those with earlier changes are not kept.
-        self._products = x.new_zeros(size, size, dtype=torch.float64)
-        self._slots: list[int] = []
-        kept = list(pairs)
-        pairs.clear()
-        for pair in kept:
-            self.add(*pair)
-
-    def clear(self) -> None:
-        """Forget all pairs."""
-        self._pairs.clear()
-        self._slots.clear()
-
-    def add(self, step: Tensor, change: Tensor, product: float) -> None:
-        """Take a pair in, for the oldest where there is no room."""
-        slots = self._slots
-        slot = slots.pop(0) if len(slots) == len(self._steps) else len(slots)
-        slots.append(slot)
-        self._steps[slot], self._changes[slot] = step.reshape(-1), change.reshape(-1)
-        self._products[: len(slots), slot] = torch.mv(self._steps[: len(slots)], self._changes[slot]).double()
-        self._products[slot, slot] = product
-        rows = self._steps[slot], self._changes[slot]
-        self._pairs.append((rows[0].view(self._shape), rows[1].view(self._shape), product))
-
-    def direction(self, gradient: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
-        """Minus the approximate inverse Hessian times the gradient."""
-        if not self._pairs:
-            return metric(-gradient)
-        count = len(self._slots)
-        steps, changes = self._steps[:count], self._changes[:count]
-        order = torch.tensor(self._slots, device=gradient.device)
-        upper = self._products[order.unsqueeze(1), order]
-        flat = -gradient.reshape(-1)
-        first = _solved(upper, (steps @ flat).double()[order].unsqueeze(1), upper_triangle=True)
-        flat = flat.addmv(changes.mT, _placed(first, order).to(flat.dtype), alpha=-1)
-        _, change, product = self._pairs[-1]
-        scale = product / (change * metric(change)).sum()
-        flat = metric(flat.view(self._shape)).reshape(-1) * scale
-        left = upper.diagonal().unsqueeze(1) * first - (changes @ flat).double()[order].unsqueeze(1)
-        second = _solved(upper.mT, left, upper_triangle=False)
-        return flat.addmv(steps.mT, _placed(second, order).to(flat.dtype)).view(self._shape)
-
-
-def _solved(matrix: Tensor, right: Tensor, *, upper_triangle: bool) -> Tensor:
-    """(m, 1) solution of a triangle of matrix (m, m)."""
-    return torch.linalg.solve_triangular(matrix, right, upper=upper_triangle)
-
-
-def _placed(values: Tensor, order: Tensor) -> Tensor:
-    """Values (m, 1) in the order of the slots (m,)."""
-    out = torch.empty_like(values).squeeze(1)
-    out[order] = values.squeeze(1)
-    return out
+def _two_loop(gradient: Tensor, pairs: deque[Pair], metric: Callable[[Tensor], Tensor]) -> Tensor:
+    q = -gradient
+    coefficients = []
+    for step, change, product in reversed(pairs):
+        coefficient = (step * q).sum() / product
+        coefficients.append(coefficient)
+        q = q - coefficient * change
+    q = metric(q)
+    if pairs:
+        _, change, product = pairs[-1]
+        q = q * (product / (change * metric(change)).sum())
+    for (step, change, product), coefficient in zip(pairs, reversed(coefficients), strict=True):
+        q = q + (coefficient - (change * q).sum() / product) * step
+    return q

@@ -148,13 +148,18 @@ def test_the_way_to_an_entry_works_as_printed(tmp_path):
     process = subprocess.Popen(
         [*words_of(serve, tmp_path), "--port", "0"],
         cwd=tmp_path, env=surroundings(tmp_path), stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore SIGINT, and what they start does too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     with process:
-        url = process.stderr.readline().split()[0]
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            assert answer.read() == page
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        try:
+            url = process.stderr.readline().split()[0]
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                assert answer.read() == page
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_evaluate_and_report_of_the_readme_work_as_printed(tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,11 +29,15 @@ from benchmarks.common import arguments, load_average
 from benchmarks.fashion_mnist_backbones import ARCHITECTURES, HELD_OUT, Schedule, backbone, head_data
 from benchmarks.fashion_mnist_heads import HEADS, Effort, fit_head
 from benchmarks.fashion_mnist_report import report
+from convex_head.certificate_check import save_for_check
 from convex_head.console import messages
 from convex_head.data import Dataset, load_dataset
+from convex_head.errors import InputError
 from convex_head.evaluate import evaluate
 from convex_head.examples import adversarial_examples
+from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
+from convex_head.splice import SplicedModel
 from convex_head.threat import ThreatModel
 
 NAME = "fashion_mnist"
@@ -108,6 +113,18 @@ class Plan:
         content = [self.train_eps, self.head_images, asdict(self.schedule), asdict(self.effort)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
+    def command(self, cell: Cell) -> str:
+        """The command that computes a cell again, and no other one."""
+        quick = self.schedule == QUICK.schedule
+        usual = QUICK if quick else Plan()
+        words = ["python", "-m", f"benchmarks.{NAME}", *(["--quick"] if quick else [])]
+        words += ["--backbones", cell.backbone, "--heads", cell.head, "--seeds", str(cell.seed)]
+        words += ["--eps", cell.eps, *(["--norm", cell.norm] if cell.norm != "Linf" else [])]
+        words += ["--attacks", cell.attacks] if cell.attacks != usual.attacks else []
+        words += ["--arch", cell.arch] if cell.arch != usual.arch else []
+        words += ["--n", str(self.n)] if self.n != usual.n else []
+        return shlex.join(words)
+
 
 QUICK = Plan(
     backbones=("sam",),
@@ -139,6 +156,9 @@ def build(plan: Plan, cell: Cell, folder: Path) -> tuple[nn.Module, dict[str, An
     card["backbone_card"], card["train_eps"], card["load_average"] = trained, plan.train_eps, load_average()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save((model, card), path)
+    # After adversarial rounds a head has been fitted on further features, which are not kept.
+    if isinstance(model, SplicedModel) and isinstance(model.head, ConvexRobustHead) and not card["rounds"]:
+        save_for_check(folder / "heads" / cell.model, model, data.images, data.labels)
     return model, card
 
 
@@ -170,7 +190,7 @@ def measure(plan: Plan, cell: Cell, folder: Path) -> EvalRecord:
         progress=False,
         name=cell.model,
         dataset_name="fashion_mnist",
-        command=f"python -m benchmarks.{NAME} --backbones {cell.backbone} --heads {cell.head} --seeds {cell.seed}",
+        command=plan.command(cell),
         metadata={**card, "cell": asdict(cell), "key": plan.model_key(), "examples": pictures},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,14 +204,15 @@ def finished(folder: Path) -> list[EvalRecord]:
     return [EvalRecord.load(path) for path in sorted((folder / "records").glob("*.json"))]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then write table and figure of what is there."""
+def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
+    """Options, and the plan that they ask for."""
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument("--arch", choices=ARCHITECTURES, help="architecture of the backbones")
     extra.add_argument("--backbones", nargs="+", help="training recipes of the backbones")
     extra.add_argument("--seeds", nargs="+", type=int)
     extra.add_argument("--heads", nargs="+", choices=HEADS)
-    extra.add_argument("--eps", nargs="+", help="Linf eps in pixel units, as in 4/255; alone, no L2 cell is run")
+    extra.add_argument("--eps", nargs="+", help="eps in pixel units, as in 4/255, of the norm that --norm names")
+    extra.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="norm of --eps (default: %(default)s)")
     extra.add_argument("--attacks", choices=ATTACKS)
     extra.add_argument("--n", type=int, help="test points")
     extra.add_argument("--folder", type=Path, help="where backbones, heads and records are kept")
@@ -200,8 +221,16 @@ def main(argv: list[str] | None = None) -> None:
     plan = QUICK if options.quick else Plan()
     given = {name: getattr(options, name) for name in ("arch", "backbones", "seeds", "heads", "attacks", "n")}
     plan = replace(plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None})
+    if options.norm != "Linf" and not options.eps:
+        raise InputError(f"--norm is that of --eps; found --norm {options.norm} alone. Add for example --eps 0.5.")
     if options.eps:
-        plan = replace(plan, threats=tuple(("Linf", eps) for eps in options.eps))
+        plan = replace(plan, threats=tuple((options.norm, eps) for eps in options.eps))
+    return options, plan
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then write table and figure of what is there."""
+    options, plan = parsed(argv)
     folder = options.folder or (Path("runs") / (f"{NAME}-quick" if options.quick else NAME))
     if not options.report:
         _run(plan, folder)

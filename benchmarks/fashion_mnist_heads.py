@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.fashion_mnist_backbones import HeadData
 from convex_head.baselines import MLPHead, PGDAdversarialTraining, Recipe, Trades, linear_head, train
 from convex_head.baselines.pgd import pgd_accuracy
+from convex_head.certificate_check import certificate_facts
 from convex_head.errors import ConvergenceWarning
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
@@ -39,7 +40,6 @@ class Effort:
     Attributes:
         epochs, lrs, hidden: of the two-layer heads; every learning rate is tried on the split.
         radii, regs, tol: of the convex heads.
-        rounds: adversarial rounds of the variants that have them.
         max_seconds: limit of one convex fit.
     """
 
@@ -49,7 +49,6 @@ class Effort:
     radii: tuple[float, ...] = (0.5, 1.0, 2.0)
     regs: tuple[float, ...] = (0.1, 0.03)
     tol: float = 0.03
-    rounds: int = 2
     max_seconds: float = 120.0
 
 
@@ -153,14 +152,14 @@ def _convex(
     seed: int,
     *,
     at: str = "fc",
-    rounds: bool = False,
+    rounds: int = 0,
     radii: tuple[float, ...] | None = None,
     regs: tuple[float, ...] | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, Card]:
     """``robustify`` with radius="auto"; then the chosen head once more by itself, for the cost of one fit."""
     choose: Card = {"radii": radii or effort.radii, "regs": regs or effort.regs}
-    choose["rounds"] = effort.rounds if rounds else 0
+    choose["rounds"] = rounds
     common = {"at": at, "tol": effort.tol, "max_seconds": effort.max_seconds, "seed": seed, **settings}
     pair = (data.images, data.labels)
     with warnings.catch_warnings():
@@ -169,18 +168,15 @@ def _convex(
         with measured() as total:
             spliced = robustify(model, pair, threat, **choose, **common)
         head, path = spliced.head, spliced.path_
-        assert isinstance(head, ConvexRobustHead) and head.result_ is not None
+        assert isinstance(head, ConvexRobustHead)
         best = max(path, key=lambda candidate: (candidate.robust, candidate.clean))
         with measured() as last:
             robustify(model, pair, threat, radius=head.radius, reg=head.reg, rounds=best.round, **common)
     card = {
-        "radius": head.radius,
-        "reg": head.reg,
+        **certificate_facts(head),
         "rounds": best.round,
         "validation_clean": best.clean,
         "validation_robust": best.robust,
-        "gap": head.result_.gap,
-        "neurons": head.result_.neurons,
         "path": [asdict(candidate) for candidate in path],
     }
     return spliced, {**card, "total": asdict(total), "last": asdict(last)}
@@ -199,8 +195,9 @@ HEADS: dict[str, Fit] = {
     "convex": _convex,
     "convex_wide": partial(_convex, **_WIDE),
     "convex_whitened": partial(_convex, standardise="whiten", **_WIDE),
-    "convex_rounds": partial(_convex, rounds=True, **_WIDE),
+    "convex_rounds": partial(_convex, rounds=2, **_WIDE),
     "convex_deep": partial(_convex, at="pool"),
+    "convex_deep_rounds": partial(_convex, at="pool", rounds=4, radii=(0.5, 2.0), regs=(0.1,)),
     "convex_deep_wide": partial(_convex, at="pool", radii=(4.0, 8.0), regs=(0.3, 0.1)),
     "relu": partial(_convex, activation="relu"),
     "gated_relu": partial(_convex, activation="gated_relu"),

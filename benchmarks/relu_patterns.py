@@ -1,30 +1,41 @@
 """ReLU, gated ReLU and polynomial heads: what do patterns, slack and more data buy?
 
-    python -m benchmarks.relu_patterns            about 20 minutes on one core
-    python -m benchmarks.relu_patterns --quick    less than a minute
+    python -m benchmarks.relu_patterns                    about 40 CPU minutes
+    python -m benchmarks.relu_patterns --only patterns    a part: patterns, slack, or a number of examples
+    python -m benchmarks.relu_patterns --report           table and figure of what is finished
+    python -m benchmarks.relu_patterns --quick            less than a minute
 
 patterns    sklearn's breast cancer data, 455 examples for training and 114 for testing: P = 10..1000 sampled patterns
 slack       the same at P = 30: weight of violated cone constraints, up to hard ones
-data        Fashion-MNIST, pixels pooled to 7 x 7 as features, n = 100..10,000 examples for training, 1,000 for testing
+data        Fashion-MNIST, pixels pooled to 7 x 7 as features, n = 100..50,000 examples for training, 2,000 for testing
 
-Everything on three splits, with three draws of the patterns: means and standard deviations. Every head is trained with
-the same l2 radius and reg, to a gap of 5 % or for a limited time; the table has the gap that was reached. Accuracies
-are on test examples, in the feature ball of the training radius:
+On three splits with three draws of the patterns (10,000 and 50,000: one): means and standard deviations. All heads
+have the same l2 radius and are trained to a gap of 5 % or for a limited CPU time, looked at between stages; the table
+has the gap that was reached. In the first two parts reg is the same for all. In the third every kind has, at every n
+and on every split, the reg of three whose certified accuracy is best on a part of the *training* examples, fitted on
+the rest: a fifth, but 8,000 of 10,000, and 50,000 takes the reg of 10,000. Accuracies are on test examples, in the
+feature ball of the training radius:
 
     attacked    right at the worst point of the ball that is known: an upper bound (exact for the polynomial)
     certified   certified margin above 0: a lower bound (exact for the polynomial)
 
 violation   relu: largest violation of a cone constraint on the training data, in units of the margin; gated_relu:
             largest excess of the margin that was trained on over the certified one
+
+Finished fits are kept in ``runs/relu_patterns`` and never computed twice, so that parts can run side by side.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
 import math
-import statistics
+import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +44,15 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.common import COLOURS, Column, Record, arguments, load_average, publish
+from benchmarks.common import Record, arguments, load_average
+from benchmarks.relu_patterns_report import report
 from convex_head import ConvexRobustHead, load_dataset
 from convex_head.console import messages, progress_bars
 from convex_head.errors import ConvergenceWarning, InfeasibleError, SolverError
+from convex_head.solvers import Status
 
 NAME = "relu_patterns"
+TOL = 5e-2
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 KINDS: dict[str, dict[str, Any]] = {
     "polynomial": {"activation": "polynomial"},
@@ -47,23 +61,61 @@ KINDS: dict[str, dict[str, Any]] = {
     "gated, cover": {"activation": "gated_relu", "flips": "cover"},
     "gated, ignore": {"activation": "gated_relu", "flips": "ignore"},
 }
+# One split chooses reg for all of these sizes, and it is the split of the first of them.
+_CHOSEN_ONCE, _MOST_TO_CHOOSE = 10_000, 2_000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: patterns, slacks, (examples, seconds allowed a head), splits of the small data."""
+    """What is run: patterns, slacks, (examples, CPU seconds allowed a head, splits) and the regs to choose from."""
 
     patterns: tuple[int, ...] = (10, 30, 100, 300, 1000)
     slacks: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, math.inf)
-    sizes: tuple[tuple[int, float], ...] = ((100, 8.0), (1000, 15.0), (10_000, 30.0))
+    sizes: tuple[tuple[int, float, int], ...] = (
+        (100, 20.0, 3),
+        (1000, 60.0, 3),
+        (10_000, 120.0, 1),
+        (50_000, 300.0, 1),
+    )
     splits: int = 3
-    seconds: float = 6.0
+    seconds: float = 30.0
     radius: float = 0.5
     reg: float = 0.01
+    regs: tuple[float, ...] = (0.003, 0.01, 0.03)
     data_patterns: int = 30
 
 
-QUICK = Plan(patterns=(5, 10), slacks=(1.0, math.inf), sizes=((100, 1.0),), splits=1, seconds=1.0, data_patterns=5)
+QUICK = Plan((5, 10), (1.0, math.inf), ((100, 1.0, 1),), splits=1, seconds=1.0, regs=(0.01, 0.03), data_patterns=5)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One head: its data, settings and seed; ``validates``: on part of the training examples, for the rest."""
+
+    part: str
+    kind: str
+    n: int
+    seed: int
+    reg: float
+    radius: float
+    seconds: float
+    patterns: int | None = None
+    slack: float | None = None
+    validates: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the file that keeps it."""
+        settings = f"P{self.patterns}-slack{self.slack}-reg{self.reg:g}{'-validation' if self.validates else ''}"
+        return f"{self.part}-{self.kind.replace(', ', '_').replace(' ', '')}-n{self.n}-{settings}-seed{self.seed}"
+
+    def data(self) -> Data:
+        """Features and labels to train on, features and labels to measure on."""
+        if self.part != "data":
+            return breast_cancer(self.seed)
+        x, y, t, labels = fashion(self.n, self.seed)
+        count = min(self.n - self.n // 5, _MOST_TO_CHOOSE)
+        return (x[:count], y[:count], x[count:], y[count:]) if self.validates else (x, y, t, labels)
 
 
 def breast_cancer(seed: int) -> Data:
@@ -73,34 +125,52 @@ def breast_cancer(seed: int) -> Data:
     return torch.tensor(train), torch.tensor(a), torch.tensor(test), torch.tensor(b)
 
 
+@functools.cache
+def pooled(split: str, n: int) -> tuple[Tensor, Tensor]:
+    """The first n images of a split, pooled to 49 features, and their labels."""
+    found = load_dataset("fashion_mnist", split=split, n=n)
+    return functional.avg_pool2d(found.images, 4).flatten(1).double(), found.labels
+
+
 def fashion(n: int, seed: int) -> Data:
-    """n random ones of 20,000 training images and 1,000 test images, pooled to 49 features."""
-    train, test = (load_dataset("fashion_mnist", split=s, n=k) for s, k in (("train", 20_000), ("test", 1000)))
-    x, t = (functional.avg_pool2d(part.images, 4).flatten(1).double() for part in (train, test))
+    """n random ones of the 60,000 training images and 2,000 test images."""
+    x, y = pooled("train", 60_000)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]
-    return x[rows], train.labels[rows], t, test.labels
+    return x[rows], y[rows], *pooled("test", 2000)
 
 
-def measure(data: Data, kind: str, plan: Plan, seconds: float, seed: int, **settings: Any) -> Record:
+def measure(fit: Fit) -> Record:
     """Fit one head and measure it."""
-    x, y, t, labels = data
-    head = ConvexRobustHead(
-        x.shape[1], int(y.max()) + 1, radius=plan.radius, reg=plan.reg, **(KINDS[kind] | settings)
-    ).double()
-    row: Record = {"kind": kind, "n": len(x), "seed": seed, "load": load_average()}
-    row |= {"patterns": settings.get("patterns"), "slack": str(settings["slack"]) if "slack" in settings else None}
+    x, y, t, labels = fit.data()
+    given = {name: value for name in ("patterns", "slack") if (value := getattr(fit, name)) is not None}
+    settings = KINDS[fit.kind] | given | {"radius": fit.radius, "reg": fit.reg}
+    head = ConvexRobustHead(x.shape[1], int(y.max()) + 1, **settings).double()
+    row: Record = {"part": "choice" if fit.validates else fit.part, "kind": fit.kind, "n": fit.n, "seed": fit.seed}
+    row |= {"reg": fit.reg, "patterns": fit.patterns, "slack": None if fit.slack is None else str(fit.slack)}
+    row["load"] = load_average()
+    began = time.process_time()
+
+    def spent() -> float:
+        return time.process_time() - began
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the gap is in the record
-            head.fit(x, y, tol=5e-2, max_seconds=seconds, seed=seed, progress=False)
+            head.fit(x, y, tol=TOL, seed=fit.seed, progress=False, callback=lambda _: spent() > fit.seconds)
     except InfeasibleError:
         return row | {"status": "only v = 0 is feasible"}
     except SolverError:
-        return row | {"status": f"no point in {seconds:g} s"}
+        return row | {"status": "no point"}
     result = head.result_
     assert result is not None
+    limited = result.status is Status.INTERRUPTED
+    row |= {
+        "status": "time limit" if limited else result.status.value,
+        "cpu_seconds": spent(),
+        "seconds": result.seconds,
+    }
     worst = head.worst_case_features(t, labels)
-    row |= {"status": result.status.value, "seconds": result.seconds, "gap": result.gap, "objective": result.primal}
+    row |= {"gap": result.gap, "objective": result.primal}
     row |= {"clean": _share(head(t).argmax(1) == labels), "attacked": _share(head(worst).argmax(1) == labels)}
     row["certified"] = _share(head.worst_case_margin(t, labels) > 0)
     for name in ("violation_max", "violation_mean", "constraints_hold", "certified_share", "model_minus_network"):
@@ -112,148 +182,90 @@ def _share(right: Tensor) -> float:
     return float(right.double().mean())
 
 
-def runs(plan: Plan) -> Iterator[tuple[str, Data, str, float, int, dict[str, Any]]]:
-    """(part, data, kind, seconds, seed, settings) of every head."""
+class Keeper:
+    """Finished fits, one file each; ``fits`` False: what is not finished stays so."""
+
+    def __init__(self, folder: Path, fits: bool):
+        self.folder, self.fits = folder, fits
+
+    def __call__(self, fit: Fit) -> Record | None:
+        """The record of a fit, from its file or by fitting."""
+        path, key = self.folder / f"{fit.name}.json", {k: str(v) for k, v in asdict(fit).items()}
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] == key:
+                record: Record = found["record"]
+                return record
+        if not self.fits:
+            return None
+        record = measure(fit)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"settings": key, "record": record}), encoding="utf-8")
+        part.replace(path)
+        return record
+
+
+def breast_cancer_records(plan: Plan, keeper: Keeper, only: str) -> Iterator[Record | None]:
+    """Of the parts patterns and slack."""
+    shared: dict[str, Any] = {"n": 455, "reg": plan.reg, "radius": plan.radius, "seconds": plan.seconds}
     for seed in range(plan.splits):
-        data = breast_cancer(seed)
-        yield "patterns", data, "polynomial", plan.seconds, seed, {}
+        if only == "slack":
+            for slack in plan.slacks:
+                yield keeper(Fit("slack", "relu", seed=seed, patterns=30, slack=slack, **shared))
+            continue
+        yield keeper(Fit("patterns", "polynomial", seed=seed, **shared))
         for patterns in plan.patterns:
             for kind in ("relu", "gated, cover", "gated, ignore"):
-                yield "patterns", data, kind, plan.seconds, seed, {"patterns": patterns}
-        for slack in plan.slacks:
-            yield "slack", data, "relu", plan.seconds, seed, {"patterns": 30, "slack": slack}
-        for n, limit in plan.sizes:
-            for kind in ("polynomial", "relu", "relu, slack 0.1", "gated, cover"):
-                settings: dict[str, Any] = {} if kind == "polynomial" else {"patterns": plan.data_patterns}
-                yield "data", fashion(n, seed), kind, limit, seed, settings
+                yield keeper(Fit("patterns", kind, seed=seed, patterns=patterns, **shared))
 
 
-def summaries(records: list[Record]) -> list[Record]:
-    """Means over splits; standard deviations under ``<key>_sd``."""
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for row in records:
-        groups.setdefault(tuple(row[k] for k in ("part", "kind", "n", "patterns", "slack")), []).append(row)
-    rows = []
-    for members in groups.values():
-        row = {key: value for key, value in members[0].items() if not isinstance(value, float)}
-        row["status"] = ", ".join(dict.fromkeys(member["status"] for member in members))
-        row["fits"] = len(members)
-        for key in dict.fromkeys(
-            key for member in members for key, value in member.items() if isinstance(value, float)
-        ):
-            values = [member[key] for member in members if member.get(key) is not None]
-            row[key] = statistics.fmean(values)
-            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        rows.append(row)
-    return rows
-
-
-def draw(plt: Any, rows: list[Record]) -> None:
-    """Accuracy, time and gap against P; accuracy and violation against slack; accuracy and gap against n."""
-    plt.gcf().set_size_inches(13.5, 7.6)
-    axes = plt.gcf().subplots(2, 3)
-    colours = dict(zip(KINDS, COLOURS, strict=False))
-    for kind, colour in colours.items():
-        part = [r for r in rows if r["part"] == "patterns" and r["kind"] == kind]
-        if kind == "polynomial":
-            for axis, key in zip(axes[0], ("certified", "seconds", "gap"), strict=True):
-                axis.axhline(_scaled(part[0], key), color=colour, label=f"{kind} (no patterns)")
-                spread = _scaled(part[0], f"{key}_sd")
-                axis.axhspan(_scaled(part[0], key) - spread, _scaled(part[0], key) + spread, color=colour, alpha=0.12)
-        elif part:
-            _curve(axes[0, 0], part, "patterns", "attacked", "-o", colour, kind)
-            _curve(axes[0, 0], part, "patterns", "certified", ":", colour)
-            _curve(axes[0, 1], part, "patterns", "seconds", "-o", colour, kind)
-            _curve(axes[0, 2], part, "patterns", "gap", "-o", colour, kind)
-        part = [r for r in rows if r["part"] == "data" and r["kind"] == kind and "clean" in r]
-        if part:
-            _curve(axes[1, 1], part, "n", "attacked", "-o", colour, kind)
-            _curve(axes[1, 1], part, "n", "certified", ":", colour)
-            _curve(axes[1, 1], part, "n", "clean", "--", colour)
-            _curve(axes[1, 2], part, "n", "gap", "-o", colour, kind)
-    for axis, title in zip(axes[0], ("robust test accuracy, %", "seconds a fit", "gap reached, %"), strict=True):
-        axis.set(xscale="log", xlabel="patterns P (breast cancer)", ylabel=title)
-        axis.legend(fontsize=8)
-    axes[0, 1].set_yscale("log")
-    part = [r for r in rows if r["part"] == "slack" and "clean" in r]
-    for row in part:
-        row["weight"] = float(row["slack"])
-    for key, style in (("clean", "-o"), ("attacked", "-s"), ("certified", ":")):
-        _curve(axes[1, 0], part, "weight", key, style, COLOURS[1], key)
-    axes[1, 0].set(xscale="log", xlabel="slack (breast cancer, relu, P = 30)", ylabel="test accuracy, %")
-    twin = axes[1, 0].twinx()
-    twin.plot([r["weight"] for r in part], [r["violation_max"] for r in part], "--x", color=COLOURS[5])
-    twin.set(ylabel="largest violation (dashed)", yscale="log")
-    axes[1, 0].legend(fontsize=8)
-    for axis, title in ((axes[1, 1], "test accuracy, %"), (axes[1, 2], "gap reached, %")):
-        axis.set(xscale="log", xlabel="training examples (Fashion-MNIST, 7 x 7)", ylabel=title)
-        axis.legend(fontsize=8)
-    axes[1, 1].set_title("solid attacked, dotted certified, dashed clean", fontsize=9)
-
-
-def _curve(axis: Any, rows: list[Record], x: str, y: str, style: str, colour: str, label: str | None = None) -> None:
-    """Means with standard deviations as bars."""
-    values, bars = [_scaled(r, y) for r in rows], [_scaled(r, f"{y}_sd") for r in rows]
-    axis.errorbar(
-        [r[x] for r in rows], values, yerr=bars, fmt=style, ms=4, lw=1.3, capsize=2, color=colour, label=label
-    )
-
-
-def _scaled(row: Record, key: str) -> float:
-    value: float = row[key]
-    return value if key.startswith("seconds") else 100 * value
-
-
-def written(rows: list[Record]) -> list[Record]:
-    """The table's rows: "mean ± standard deviation" as text."""
-    out = []
-    for row in rows:
-        texts: Record = {key: row.get(key) for key in ("part", "kind", "n", "patterns", "slack", "fits", "status")}
-        for key in ("clean", "attacked", "certified", "gap", "seconds"):
-            if key in row:
-                texts[key] = f"{_scaled(row, key):.1f} ± {_scaled(row, f'{key}_sd'):.1f}"
-        for key in ("violation_max", "model_minus_network"):
-            if row.get(key) is not None:
-                texts[key] = f"{row[key]:.2g}"
-        out.append(texts)
-    return out
+def data_records(plan: Plan, keeper: Keeper, n: int, limit: float, splits: int) -> Iterator[Record | None]:
+    """Of one size in the part data: the fits that choose reg, then the head."""
+    for seed in range(splits):
+        for kind in ("polynomial", "relu", "relu, slack 0.1", "gated, cover"):
+            patterns = None if kind == "polynomial" else plan.data_patterns
+            shared: dict[str, Any] = {"radius": plan.radius, "patterns": patterns}
+            at, by = (n, seed) if n < _CHOSEN_ONCE else (_CHOSEN_ONCE, 0)
+            fits = [Fit("data", kind, at, by, reg, seconds=limit / 4, validates=True, **shared) for reg in plan.regs]
+            tried = [keeper(fit) for fit in fits]
+            if at == n and by == seed:
+                yield from tried
+            scored = [(row["certified"], row["reg"]) for row in tried if row is not None and "certified" in row]
+            if len(scored) < len(plan.regs):
+                yield None
+                continue
+            yield keeper(Fit("data", kind, n, seed, max(scored)[1], seconds=limit, **shared))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the plan and publish."""
-    options = arguments(NAME, __doc__, argv)
+    """Run what is not finished, then publish all that is."""
+    extra = argparse.ArgumentParser(add_help=False)
+    extra.add_argument("--only", nargs="+", help="parts to run: patterns, slack, or numbers of examples")
+    extra.add_argument("--folder", type=Path, help="where finished fits are kept")
+    extra.add_argument("--report", action="store_true", help="run nothing")
+    options = arguments(NAME, __doc__, argv, extra=extra)
     plan = QUICK if options.quick else Plan()
+    folder = options.folder or Path("runs") / (f"{NAME}-quick" if options.quick else NAME)
     records: list[Record] = []
-    everything = list(runs(plan))
+    missing = 0
+    parts = ["patterns", "slack", *(str(n) for n, _, _ in plan.sizes)]
+    sizes = {str(size[0]): size for size in plan.sizes}
     with progress_bars(messages()) as bars:
-        task = bars.add_task("heads", total=len(everything), note="")
-        for part, data, kind, seconds, seed, settings in everything:
-            records.append({"part": part, **measure(data, kind, plan, seconds, seed, **settings)})
-            bars.update(task, advance=1, note=f"{part}, {kind}, n = {len(data[0])}")
-    rows = summaries(records)
-
-    columns = [
-        Column("part", "part"),
-        Column("kind", "head"),
-        Column("n", "n"),
-        Column("patterns", "P"),
-        Column("slack", "slack"),
-        Column("clean", "clean %"),
-        Column("attacked", "attacked %"),
-        Column("certified", "certified %"),
-        Column("seconds", "s"),
-        Column("gap", "gap %"),
-        Column("violation_max", "violation"),
-        Column("model_minus_network", "model - network"),
-        Column("fits", "fits"),
-        Column("status", "ended"),
-    ]
-    notes = [
-        "Means ± standard deviations over splits (fits), each with its own patterns.",
-        "attacked and certified: upper and lower bound of the accuracy in the ball; exact for the polynomial.",
-        f"radius {plan.radius:g}, reg {plan.reg:g} throughout; relu has slack 1 where none is given.",
-    ]
-    publish(options, "Patterns, slack and data", records, written(rows), columns, lambda plt: draw(plt, rows), notes)
+        task = bars.add_task("fits", total=None, note="")
+        for part in parts:
+            keeper = Keeper(folder, not options.report and part in (options.only or parts))
+            found = (
+                data_records(plan, keeper, *sizes[part]) if part in sizes else breast_cancer_records(plan, keeper, part)
+            )
+            for record in found:
+                missing += record is None
+                records += [] if record is None else [record]
+                bars.update(task, advance=1, note=part)
+    if not records:
+        messages().print(f"nothing is finished in {folder}; run a part first")
+        return
+    report(options, list(KINDS), records, missing, plan.radius, plan.reg)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from torch import nn
 
 from convex_head import provenance
 from convex_head.baselines import channel_statistics, linear_head, preact_resnet_small, train
+from convex_head.certificate_check import certificate_facts, save_for_check
 from convex_head.data import Dataset, load_dataset
 from convex_head.eps_curve import evaluate_curve
 from convex_head.errors import ConvergenceWarning, RecordError
@@ -39,7 +40,6 @@ from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
 from convex_head.robustify import robustify
-from convex_head.solvers.result import SolveResult
 from convex_head.splice import SplicedModel, replace_head
 from convex_head.threat import ThreatModel
 from convex_head.workers import Listener, Report, Task, run_tasks
@@ -92,6 +92,8 @@ class BenchSettings:
     def command(self) -> str:
         """The command that computes a row again."""
         curve = f" --eps-curve {','.join(self.eps_curve)}" if self.eps_curve else ""
+        if self == self.quick():
+            return f"convex-head bench --quick --eps {self.eps}{curve} --n-ex {self.n} --seed {self.seed}"
         training = "" if self.recipes == BENCH_RECIPES else "".join(f" --training {name}" for name in self.recipes)
         return f"convex-head bench --eps {self.eps}{curve} --n-ex {self.n} --seed {self.seed}{training}"
 
@@ -133,7 +135,8 @@ def run_bench(settings: BenchSettings, out: Path, *, jobs: int, listener: Listen
 
     Args:
         settings: what to compute.
-        out: folder; records go to ``out/records``, backbones to ``out/backbones``.
+        out: folder; records go to ``out/records``, backbones to ``out/backbones``, convex heads and the features that
+            they were fitted on to ``out/heads``.
         jobs: processes to use.
         listener: gets the events of the tasks: one a backbone ("train sam") and one a row (its name).
 
@@ -226,7 +229,7 @@ def _row_task(settings: BenchSettings, row: Row, out: Path, report: Report) -> N
     else:
         report(0.0, "fitting the head")
         fit = {"linear": _fit_linear, "convex": _fit_convex}[row.head]
-        model, facts = fit(settings, model, data)
+        model, facts = fit(settings, row, model, data, out)
         card.update(facts)
     key = row_key(settings, row)
     points = load_dataset("digits", split="test", n=settings.n, seed=settings.seed)
@@ -256,7 +259,9 @@ def _row_task(settings: BenchSettings, row: Row, out: Path, report: Report) -> N
         file.unlink(missing_ok=True)
 
 
-def _fit_linear(settings: BenchSettings, model: nn.Module, data: Dataset) -> tuple[SplicedModel, dict[str, Any]]:
+def _fit_linear(
+    settings: BenchSettings, row: Row, model: nn.Module, data: Dataset, out: Path
+) -> tuple[SplicedModel, dict[str, Any]]:
     began = time.perf_counter()
     features = extract_features(replace_head(model, nn.Identity(), at=_CUT).backbone, data.images)
     head = linear_head(features, data.labels, data.num_classes)
@@ -266,8 +271,10 @@ def _fit_linear(settings: BenchSettings, model: nn.Module, data: Dataset) -> tup
     }
 
 
-def _fit_convex(settings: BenchSettings, model: nn.Module, data: Dataset) -> tuple[SplicedModel, dict[str, Any]]:
-    """Radius and reg chosen on held-out training data, then fitted on all of it."""
+def _fit_convex(
+    settings: BenchSettings, row: Row, model: nn.Module, data: Dataset, out: Path
+) -> tuple[SplicedModel, dict[str, Any]]:
+    """Radius and reg chosen on held-out training data, then fitted on all of it; weights and features are kept."""
     began = time.perf_counter()
     with warnings.catch_warnings():
         # The table and the record show the gap that was reached.
@@ -284,17 +291,11 @@ def _fit_convex(settings: BenchSettings, model: nn.Module, data: Dataset) -> tup
             seed=settings.seed,
         )
     head = cast(ConvexRobustHead, spliced.head)
-    result = cast(SolveResult, head.result_)
     facts = {
         "head": "convex",
-        "radius": head.radius,
-        "reg": head.reg,
-        "status": result.status.value,
-        "objective": result.primal,
-        "lower_bound": result.dual,
-        "gap": result.gap,
-        "neurons": result.neurons,
+        **certificate_facts(head),
         "head_seconds": time.perf_counter() - began,
         "path": [dataclasses.asdict(candidate) for candidate in spliced.path_],
     }
+    save_for_check(out / "heads" / row.name, spliced, data.images, data.labels)
     return spliced, facts

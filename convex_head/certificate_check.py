@@ -13,14 +13,20 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from convex_head.errors import ConvergenceWarning, EntryError
+from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
-from convex_head.report.entries import fact
+from convex_head.report.values import fact
 from convex_head.solvers import get_solver
 from convex_head.solvers.result import relative_gap
+from convex_head.splice import SplicedModel
 
 _RELATIVE = 1e-3
 
@@ -32,6 +38,32 @@ class Certificate:
     objective: float
     lower_bound: float
     gap: float
+
+
+def certificate_facts(head: ConvexRobustHead) -> dict[str, Any]:
+    """What a record's metadata hold of a fitted head, so that its gap can be recomputed: plain JSON."""
+    facts: dict[str, Any] = {"radius": head.radius, "reg": head.reg}
+    if head.result_ is not None:
+        found = head.result_
+        facts |= {"status": found.status.value, "objective": found.primal, "lower_bound": found.dual}
+        facts |= {"gap": found.gap, "neurons": found.neurons}
+    return facts
+
+
+def save_for_check(stem: Path, model: SplicedModel, images: Tensor, labels: Tensor) -> None:
+    """Write ``<stem>.safetensors`` and ``<stem>.npz``, which 'leaderboard check ENTRY' takes as --head and --features.
+
+    Args:
+        stem: path without suffix; its folder is made.
+        model: with a fitted :class:`~convex_head.head.ConvexRobustHead`.
+        images: (n, c, h, w) on whose features the head was fitted, and on no others.
+        labels: (n,) their classes.
+    """
+    assert isinstance(model.head, ConvexRobustHead)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    model.head.save(stem.with_name(f"{stem.name}.safetensors"))
+    features = extract_features(model.backbone, images).cpu().numpy()
+    np.savez(stem.with_name(f"{stem.name}.npz"), features=features, labels=labels.cpu().numpy())
 
 
 def check_certificate(

@@ -22,6 +22,7 @@ from convex_head.cli_common import (
     OneLineErrors,
     Quiet,
     Seed,
+    command_line,
     guarded,
 )
 from convex_head.cli_leaderboard import leaderboard
@@ -154,6 +155,7 @@ def fit(
 @app.command(epilog=EXIT_CODES)
 @guarded
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Option(
@@ -193,6 +195,7 @@ def evaluate(
     import dataclasses
     import warnings
 
+    from convex_head.certificate_check import certificate_facts
     from convex_head.data import load_dataset
     from convex_head.eps_curve import evaluate_curve
     from convex_head.errors import EvaluationWarning
@@ -221,11 +224,7 @@ def evaluate(
     if head is not None:
         fitted = ConvexRobustHead.load(head)
         net = replace_head(net, fitted, at=at, example_input=points.images[:2])
-        metadata |= {"head": "convex", "radius": fitted.radius, "reg": fitted.reg}
-        if fitted.result_ is not None:
-            found = fitted.result_
-            metadata |= {"gap": found.gap, "status": found.status.value, "neurons": found.neurons}
-            metadata |= {"objective": found.primal, "lower_bound": found.dual}
+        metadata |= {"head": "convex", **certificate_facts(fitted)}
     with processes(device or "cpu") as (rank, count), warnings.catch_warnings():
         warnings.simplefilter("ignore", EvaluationWarning)  # the footnotes say it
         settings: dict[str, Any] = {
@@ -238,6 +237,7 @@ def evaluate(
             "distributed": count > 1,
             "name": model if head is None else f"{model} + {head.name}",
             "dataset_name": dataset,
+            "command": command_line(context),
             "metadata": metadata,
         }
         if eps_curve is None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ EXIT_CODES = (
     "2 wrong command or input; 70 unexpected error; 130 interrupted (bench, evaluate --state, fit --checkpoint go on)."
 )
 FAILED, USAGE, UNEXPECTED, INTERRUPTED = 1, 2, 70, 130
+# Options of 'evaluate' that say where things go and what is shown.
+_NO_RESULT = frozenset({"out", "state", "as_json", "quiet", "debug"})
 _PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
@@ -69,6 +72,23 @@ class OneLineErrors(TyperGroup):
                 error_line(messages(), f"{say().rstrip('.')}. '{path} --help' lists what there is.")
             code = USAGE
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it was given, without what changes no result, for a record: it computes the record again."""
+    words = ["convex-head", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name in _NO_RESULT or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words += (parameter.opts if value else parameter.secondary_opts)[:1]
+        else:
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                words += [parameter.opts[0], str(item)]
+    return shlex.join(words)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

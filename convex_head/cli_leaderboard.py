@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +81,8 @@ def check(
             if not path.exists() or path.read_text(encoding="utf-8") != text
         ]
         problems += [f"{name} is not what the entries give; run 'convex-head leaderboard build'." for name in stale]
-    facts: dict[str, Any] = {"entries": len(paths), "consistent": True, "problems": problems}
+    notes = _notes(entries)
+    facts: dict[str, Any] = {"entries": len(paths), "consistent": True, "problems": problems, "notes": notes}
     if not problems and entry is not None and head is not None and features is not None:
         try:
             found = _certificate(folder, entry, head, features, labels, max_seconds, quiet)
@@ -96,6 +98,8 @@ def check(
     facts["consistent"] = not problems
     if as_json:
         json_out(facts)
+    for note in notes:
+        messages(quiet=quiet or as_json).print(printable(f"note: {note}"), markup=False, soft_wrap=True)
     for problem in problems:
         error_line(messages(), problem)
     if problems:
@@ -138,7 +142,7 @@ def add(
 ) -> None:
     """Turn records into entries, one a name and threat; what 'check' would refuse is left out, with exit code 1."""
     from convex_head.records import EvalRecord
-    from convex_head.report import Entry, check_admissible, check_together, load_entries
+    from convex_head.report import Entry, check_admissible, check_together, is_bounded, load_entries
 
     listed = load_entries(folder / "entries")
     entries: dict[str, Entry] = {}
@@ -155,6 +159,11 @@ def add(
         try:
             entry.check()
             check_admissible(entry)
+            if not is_bounded(entry.record):
+                raise EntryError(
+                    f"{entry.id} has a gap without objective and lower_bound, so it cannot be recomputed. "
+                    "Put all three into the record's metadata, as 'convex-head evaluate --head' does."
+                )
             others = [one for one in [*listed, *entries.values()] if one.id != entry.id]
             check_together([*others, entry])
         except EntryError as error:
@@ -164,9 +173,13 @@ def add(
     written = [entry.save(folder / "entries") for entry in entries.values()]
     if entries:
         written += _write_pages(folder, _entries(folder))
+    notes = _notes(entries.values())
     if as_json:
-        json_out({"added": list(entries), "refused": refused, "written": [os.fspath(path) for path in written]})
+        written_text = [os.fspath(path) for path in written]
+        json_out({"added": list(entries), "refused": refused, "written": written_text, "notes": notes})
     _say_written(written, quiet or as_json)
+    for note in notes:
+        messages(quiet=quiet or as_json).print(printable(f"note: {note}"), markup=False, soft_wrap=True)
     for problem in refused:
         error_line(messages(), problem)
     if refused:
@@ -244,6 +257,23 @@ def _entries(folder: Path) -> list[Entry]:
     if not folder.is_dir():
         raise EntryError(_NO_FOLDER.format(folder))
     return load_entries(folder / "entries")
+
+
+def _notes(entries: Iterable[Entry]) -> list[str]:
+    """What a reader of these entries should know, though it contradicts nothing."""
+    from convex_head.history import unknown_commits
+    from convex_head.report import is_bounded
+
+    listed = list(entries)
+    unknown = unknown_commits(entry.record.commit for entry in listed if entry.record.commit)
+    notes = [
+        f"{entry.id}: a gap without its bounds was not recomputed" for entry in listed if not is_bounded(entry.record)
+    ]
+    for entry in listed:
+        if entry.record.commit in unknown:
+            why = "of a modified checkout" if entry.record.commit.endswith("+") else "not in this checkout's history"
+            notes.append(f"{entry.id}: its commit {entry.record.commit[:12]} is {why}, so no one can repeat it exactly")
+    return notes
 
 
 def _pages(folder: Path, entries: list[Entry]) -> dict[Path, str]:

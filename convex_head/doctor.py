@@ -16,7 +16,7 @@ from rich.text import Text
 
 from convex_head.console import table
 
-_CORE = ("torch", "numpy", "cvxpy", "safetensors", "rich", "typer", "jinja2")
+_CORE = ("torch", "numpy", "numba", "cvxpy", "safetensors", "rich", "typer", "jinja2")
 _EXTRAS = {
     "pyautoattack": "bench",
     "torchattacks": "torchattacks",

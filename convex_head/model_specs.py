@@ -24,6 +24,7 @@ from convex_head.errors import CheckpointError, MissingExtraError, ModelSpecErro
 from convex_head.threat import ThreatModel
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_LIBRARIES = ("torchvision", "timm")
 _KEYS = ("state_dict", "model_state_dict", "model")
 
 
@@ -42,7 +43,7 @@ def build_model(
     Args:
         spec: as in the module's docstring.
         num_classes: outputs of torchvision and timm models, and of factories that take ``num_classes``.
-        checkpoint: file of weights, loaded strictly.
+        checkpoint: file of weights, loaded strictly; of torchvision and timm models those of the bare network.
         pretrained: let torchvision or timm download their weights (classes as they come).
         dataset, threat, model_dir: where RobustBench looks.
 
@@ -67,7 +68,8 @@ def build_model(
     else:
         model = _factory(source, name, num_classes)
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        # Files of weights are those of the network as its library makes it, without the normalisation in front.
+        load_weights(model[1] if isinstance(model, nn.Sequential) and source in _LIBRARIES else model, checkpoint)
     return model.eval()
 
 

@@ -20,7 +20,7 @@ FLAGS = [
     "--disable-sync",
     "--remote-debugging-pipe",
 ]
-_KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " ")}
+_KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, "")}
 _SECONDS = 30.0
 
 

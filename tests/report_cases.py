@@ -4,7 +4,7 @@ from convex_head.records import EvalRecord
 from convex_head.report import Entry
 from convex_head.threat import ThreatModel
 
-HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'`{{7*7}}|*"
+HOSTILE = "<_</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'`{{7*7}}|*"
 
 
 def make_record(name="m", clean="1111111110", robust="1111100000", eps="0.1", **fields) -> EvalRecord:

@@ -5,13 +5,19 @@ import functools
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from convex_head.bench import BenchSettings, Row, plan, record_path, row_key, run_bench
+from convex_head.certificate_check import check_certificate
+from convex_head.cli import app
+from convex_head.feature_files import read_features
+from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
 from convex_head.workers import Task, run_tasks
 
@@ -39,6 +45,36 @@ def test_rows_records_and_certificate(finished):
     assert convex["objective"] >= convex["lower_bound"] > 0
     assert convex["radius"] in QUICK.radii and convex["reg"] in QUICK.regs
     assert records[0].dataset["fingerprint"] == records[1].dataset["fingerprint"]
+
+
+def test_the_files_beside_a_convex_row_confirm_its_certificate(finished):
+    out, _, records = finished
+    head = ConvexRobustHead.load(out / "heads" / "digits-standard-convex.safetensors")
+    x, y, _ = read_features(out / "heads" / "digits-standard-convex.npz")
+    found = check_certificate(records[1], head, x, y)
+    assert found.objective == pytest.approx(records[1].metadata["objective"], rel=1e-6)
+    assert found.gap <= records[1].metadata["gap"] * 1.01
+    assert not (out / "heads" / "digits-standard-linear.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BenchSettings(),
+        QUICK,
+        BenchSettings(eps="8/255", eps_curve=("0.05", "0.2"), n=40, seed=3, recipes=("trades", "sam")),
+        BenchSettings(n=5, eps_curve=("0.2",), seed=1).quick(),
+    ],
+)
+def test_the_command_of_a_row_asks_for_these_settings(settings, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "convex_head.bench_console.run_on_console", lambda settings, *_, **__: not asked.append(settings)
+    )
+    program, *words = shlex.split(settings.command())
+    assert program == "convex-head"
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and asked == [settings], result.output
 
 
 def test_finished_rows_are_kept_and_lost_ones_made_again(finished):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,8 @@ PUBLISHED = (
     "relu_patterns",
 )
 
-# The two that keep finished parts in a folder, which the test must give.
-KEEPING = ("fashion_mnist", "solvers")
+# Those that keep finished parts in a folder, which the test must give.
+KEEPING = ("fashion_mnist", "solvers", "relu_patterns")
 FASHION = ("coefficients", "layerwise", "fashion_mnist", "transfer", "relu_patterns")
 
 pytest.importorskip("matplotlib")
@@ -243,6 +244,30 @@ def test_fashion_mnist_keeps_finished_cells(published):
     assert by["mlp_at"]["backwards_fit"] > 0 and by["convex"]["backwards_fit"] == 0
     run("fashion_mnist", "--folder", str(folder), "--out", str(folder))
     assert records(folder) == first
+
+
+def test_fashion_mnist_records_can_be_checked_and_repeated(published, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.fashion_mnist import QUICK, Plan, parsed
+    from convex_head.certificate_check import check_certificate
+    from convex_head.feature_files import read_features
+    from convex_head.head import ConvexRobustHead
+
+    folder = published("fashion_mnist")
+    found = {path.name.split("-")[4]: EvalRecord.load(path) for path in (folder / "records").iterdir()}
+    convex, card = found["convex"], found["convex"].metadata
+    assert {"status", "objective", "lower_bound", "gap", "radius", "reg", "neurons"} <= set(card)
+    assert card["gap"] == pytest.approx((card["objective"] - card["lower_bound"]) / card["objective"])
+    head = ConvexRobustHead.load(folder / "heads" / f"{convex.name}.safetensors")
+    x, y, _ = read_features(folder / "heads" / f"{convex.name}.npz")
+    assert check_certificate(convex, head, x, y).objective == pytest.approx(card["objective"], rel=1e-3)
+    large = Plan(arch="small", n=50, attacks="apgd")
+    for plan in (QUICK, Plan(), large):
+        for cell in plan.cells():
+            _, again = parsed(shlex.split(plan.command(cell))[3:])
+            assert again.n == plan.n and again.effort == plan.effort and again.schedule == plan.schedule
+            assert list(again.cells()) == [cell]
+    assert {record.command for record in found.values()} == {QUICK.command(cell) for cell in QUICK.cells()}
 
 
 def test_bounds_of_gated_heads_keep_their_order(published):

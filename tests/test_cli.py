@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def test_evaluate_takes_robustbench_spellings(factory):
     result = run("evaluate", "--model_name", "zoo:net", *ATTACK, *spelled, "--json")
     payload = json.loads(result.stdout)
     assert payload["threat"]["norm"] == "L2" and payload["n"] == 4 and payload["batch_size"] == 2
+
+
+@pytest.mark.parametrize("more", [(), ("--eps-curve", "0.02, 0.03", "--attack", "torchattacks:PGD(steps=2)")])
+def test_the_command_in_a_record_computes_it_again(factory, tmp_path, more):
+    options = ("--model_name", "zoo:net", *ATTACK, "--n_ex", 6, "--no-pretrained", *more, "--out", tmp_path / "r.json")
+    run("evaluate", *options)
+    record = EvalRecord.load(tmp_path / "r.json")
+    program, *words = shlex.split(record.command)
+    assert program == "convex-head" and words[0] == "evaluate" and "--no-pretrained" in words
+    assert not {"--out", "--quiet", "--json"} & set(words)
+    again = json.loads(run(*words, "--json", "--quiet").stdout)
+    assert EvalRecord.from_dict(again).identity() == record.identity() and again["command"] == record.command
 
 
 def test_evaluate_exits_1_on_a_flagged_record(factory):
@@ -213,6 +226,21 @@ def test_checkpoints_hold_weights_only(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(errors.CheckpointError, match="does not fit"):
         load_weights(other, tmp_path / "other.pt")
+
+
+def test_weights_of_torchvision_and_timm_are_read_as_these_save_them(tmp_path):
+    torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
+    nets = {
+        "torchvision:resnet18": torchvision.models.resnet18(num_classes=7),
+        "timm:resnet10t": timm.create_model("resnet10t", num_classes=7),
+    }
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for spec, net in nets.items():
+        torch.save(net.state_dict(), tmp_path / "w.pt")
+        model = build_model(spec, num_classes=7, checkpoint=tmp_path / "w.pt")
+        expected = net.eval()((images - mean[:, None, None]) / std[:, None, None])
+        assert torch.allclose(model(images), expected, atol=1e-4)
 
 
 def test_models_by_name(factory):

@@ -118,8 +118,12 @@ def test_margins_by_hand(kind: str, classes: int, loss: str, ball: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["relu 2", "cover", "ignore"])
-def test_gradient_and_bound_of_the_smoothed_problem(kind: str) -> None:
-    p = problem(kind)
+@pytest.mark.parametrize(
+    ("classes", "loss", "ball"),
+    [(3, "crammer_singer", "l2"), (3, "multi_margin", "linf"), (3, "one_vs_rest", "l2"), (2, "crammer_singer", "linf")],
+)
+def test_gradient_and_bound_of_the_smoothed_problem(kind: str, classes: int, loss: str, ball: str) -> None:
+    p = problem(kind, classes, loss=loss, ball=ball)
     v = random_network(p).vectors
     centre = p.centre()
     for _ in range(2):
@@ -174,6 +178,8 @@ def test_support_against_the_cone_program(ball: str) -> None:
         ("relu 0.3", 2, "multi_margin", "linf"),
         ("relu 1", 3, "crammer_singer", "l2"),
         ("relu 0.1", 3, "multi_margin", "l2"),
+        ("relu 1", 3, "crammer_singer", "linf"),
+        ("cover", 3, "multi_margin", "linf"),
         ("cover", 3, "crammer_singer", "l2"),
         ("ignore", 3, "one_vs_rest", "linf"),
         ("cover", 2, "crammer_singer", "l2"),
@@ -190,6 +196,16 @@ def test_torch_and_cone_program_agree(kind: str, classes: int, loss: str, ball: 
     assert found.dual <= exact.primal * (1 + 1e-6) and exact.dual <= found.primal * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["relu 0.5", "cover"])
+def test_bounds_of_stages_in_single_precision_enclose_the_optimum(kind: str) -> None:
+    p = problem(kind, n=30, patterns=4)
+    exact = get_solver("socp", ("socp",)).solve(p, tol=1e-5)
+    found = GroupDescent().solve(p, tol=2e-2, max_seconds=30)
+    assert found.converged and found.primal == p.objective(found.network)
+    for line in found.history:
+        assert line.dual <= exact.primal and exact.dual <= line.primal
+
+
 def test_mini_batches_start_near_the_optimum() -> None:
     p = problem("ignore", n=60)
     lines: list[Any] = []
@@ -199,22 +215,30 @@ def test_mini_batches_start_near_the_optimum() -> None:
     cold: list[Any] = []
     GroupDescent().solve(p, tol=1e-2, max_seconds=20, callbacks=(cold.append,))
     assert lines[1].primal < cold[1].primal
+    exact = get_solver("socp", ("socp",)).solve(p, tol=1e-4)
+    close = solver.solve(p, tol=1e-3, max_seconds=30)
+    assert close.converged and close.primal == pytest.approx(exact.primal, rel=1e-3)
 
 
-def test_hard_constraints_make_the_network_the_convex_model() -> None:
-    p = problem("relu inf", n=16, patterns=8, radius=0.1)
+@pytest.mark.parametrize(
+    ("classes", "loss", "ball"),
+    [(3, "crammer_singer", "l2"), (3, "multi_margin", "linf"), (2, "crammer_singer", "l2")],
+)
+def test_hard_constraints_make_the_network_the_convex_model(classes: int, loss: str, ball: str) -> None:
+    p = problem("relu inf", classes, n=16, patterns=8, radius=0.1 if ball == "l2" else 0.05, loss=loss, ball=ball)
     assert isinstance(p, ReluProblem)
     result = get_solver("socp", ("socp",)).solve(p, tol=1e-3)
     network = result.network
-    assert result.converged and bool(network.vectors[1:9].any())
+    # One class of iris against the rest is linearly separable: the gate that is always on is enough.
+    assert result.converged and bool(network.vectors[1:9].any()) == (classes == 3)
     assert p.violations(network)[1] <= FEASIBLE
     torch.testing.assert_close(p.values(network), p.network_values(network), atol=FEASIBLE * network.size, rtol=0)
     by_penalty = GroupDescent().solve(p, tol=1e-3, max_seconds=30)
     assert by_penalty.converged and p.violations(by_penalty.network)[1] <= FEASIBLE
     assert by_penalty.primal == pytest.approx(result.primal, rel=1e-3) and by_penalty.dual <= result.primal * (1 + 1e-6)
-    soft = problem("relu 0.05", n=16, patterns=8, radius=0.1)
+    soft = problem("relu 0.05", classes, n=16, patterns=8, radius=0.1, loss=loss, ball=ball)
     loose = get_solver("socp", ("socp",)).solve(soft, tol=1e-3)
-    assert isinstance(soft, ReluProblem) and soft.violations(loose.network)[1] > 1e-3
+    assert isinstance(soft, ReluProblem) and (soft.violations(loose.network)[1] > 1e-3 or classes == 2)
     assert loose.primal <= result.primal
 
 

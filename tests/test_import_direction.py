@@ -14,6 +14,7 @@ ROOT = Path(convex_head.__file__).parent
 FORBIDDEN = {
     "problems": ("solvers", "head", "splice", "attacks", "evaluate", "report"),
     "adversary": ("solvers", "head", "splice", "attacks", "evaluate", "report"),
+    "kernels": ("problems", "adversary", "solvers", "head", "splice", "attacks", "evaluate", "report"),
     "solvers": ("head", "splice", "attacks", "evaluate", "report", "baselines"),
     "attacks": ("head", "splice", "problems", "solvers", "adversary", "baselines"),
     "evaluate": ("head", "splice", "problems", "solvers", "adversary", "baselines"),

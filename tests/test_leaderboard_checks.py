@@ -66,6 +66,19 @@ def put(value, *path):
     return change
 
 
+def rising(entry):
+    """A point that is broken at eps 0.1 is right at 0.2."""
+    record = entry["convex_head"]
+    broken = record["outcomes"]["autoattack"].index("0")
+    marks = record["curve"][-1]["robust"]
+    record["curve"][-1] |= {"robust": marks[:broken] + "1" + marks[broken + 1 :]}
+    record["curve"][-1]["robust_correct"] += 1
+
+
+STAGES = ("convex_head", "attacks", "autoattack", "stages")
+PICTURE = ("convex_head", "metadata", "examples", "images", 0)
+PGD = ("convex_head", "attacks", "torchattacks:PGD(steps=20)")
+
 CHANGES = {
     "clean count": (add("clean_correct"), "clean_correct is {clean}"),
     "robust count": (add("robust_correct"), "robust_correct is {robust}"),
@@ -99,6 +112,50 @@ CHANGES = {
     "curve": (add("curve", 0, "robust_correct"), "A point of a curve"),
     "points' hash": (put("0" * 64, "convex_head", "dataset", "fingerprint"), "other fingerprints of the images"),
     "weights' hash": (put("taken", "convex_head", "model", "fingerprint"), "other models"),
+    "name": (put("better", "name"), "name is 'better'"),
+    "record's name": (put("better", "convex_head", "name"), "Rename it to that"),
+    "architecture": (put("WRN", "architecture"), "architecture is 'WRN'"),
+    "passes": (put(2, "number_forward_passes"), "number_forward_passes is 2"),
+    "reported": (put("nan", "reported"), "reported is 'nan'"),
+    "too much": (put("100.01", "reported"), "reported is '100.01'"),
+    "link": (put("javascript:alert(1)", "link"), "link is 'javascript:alert(1)'"),
+    "external": (put("10.00", "external"), "external is '10.00'"),
+    "dataset": (put("cifar10", "dataset"), "dataset is 'cifar10'"),
+    "clean accuracy": (add("clean_accuracy"), "clean_accuracy is"),
+    "robust accuracy": (add("robust_accuracy"), "robust_accuracy is"),
+    "narrow interval": (put([0.1, 0.2], "convex_head", "interval"), "interval is [0.1, 0.2]"),
+    "stage's rate": (put(0.5, *STAGES, "square", "success_rate"), "success_rate of square is 0.5"),
+    "stage's skipped": (put(7, *STAGES, "apgd-ce", "skipped"), "skipped of apgd-ce is 7"),
+    "stage's cost": (add("attacks", "autoattack", "stages", "square", "forwards"), "its stages add up to"),
+    "negative cost": (
+        put(-1, "convex_head", "attacks", "feature-exact", "backwards"),
+        "backwards of feature-exact is -1",
+    ),
+    "setting": (
+        put(99, *PGD, "settings", "steps"),
+        "those of its name",
+    ),
+    "curve rises": (rising, "broken before"),
+    "curve's order": (lambda e: e["convex_head"]["curve"].reverse(), "ascend"),
+    "curve's eps": (put(0.07, "convex_head", "curve", 0, "eps"), "A point of a curve"),
+    "status": (put("optimal", "convex_head", "metadata", "status"), "status of the head is 'optimal'"),
+    "radius": (put(0.5, "convex_head", "metadata", "radius"), "others did better on its path"),
+    "negative radius": (put(-1.0, "convex_head", "metadata", "radius"), "radius of the head is -1.0"),
+    "candidate": (put(1.5, "convex_head", "metadata", "path", 0, "robust"), "an accuracy outside [0, 1]"),
+    "seed": (put(0.5, "convex_head", "seed"), "seed is 0.5"),
+    "another seed": (put(1, "convex_head", "seed"), "its command has --seed 0, the record 1"),
+    "command": (
+        put("convex-head bench --eps 0.3", "convex_head", "command"),
+        "command has --eps 0.3, the record 0.1",
+    ),
+    "commit": (put("main", "convex_head", "commit"), "commit is 'main'"),
+    "date": (put("yesterday", "convex_head", "created"), "created is 'yesterday'"),
+    "version": (put({"torch": 2}, "convex_head", "versions"), "the version of torch is 2"),
+    "hardware": (put(0, "convex_head", "hardware", "cpus"), "cpus is 0"),
+    "no hash": (put(None, "convex_head", "model", "fingerprint"), "the model's fingerprint is None"),
+    "classes": (put(11, "convex_head", "dataset", "num_classes"), "other sizes or classes"),
+    "picture": (put("data:image/png;base64,AAAA", *PICTURE, "clean"), "pairs of PNG pictures"),
+    "picture's class": (put(3, *PICTURE, "clean_prediction"), "pairs of PNG pictures"),
     "schema": (put(2, "convex_head", "schema"), "schema 1"),
     "number": (put(float("nan"), "convex_head", "seconds"), "no JSON number"),
 }
@@ -127,7 +184,8 @@ def test_a_changed_entry_is_refused(copied, kind, tmp_path):
     result = run("leaderboard", "check", "--dir", board, "--json", code=1)
     found = json.loads(result.stdout)
     assert found["consistent"] is False and any(message in problem for problem in found["problems"]), found
-    assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+    assert all(line.startswith("error: ") and "digits-" in line for line in result.stderr.splitlines())
+    assert len(result.stderr.splitlines()) == len(found["problems"])
 
 
 def test_commands_say_in_json_what_they_did(copied, tmp_path):
@@ -135,7 +193,7 @@ def test_commands_say_in_json_what_they_did(copied, tmp_path):
     shutil.copytree(copied, board)
     count = len(list((board / "entries").iterdir()))
     found = json.loads(run("leaderboard", "check", "--dir", board, "--json").stdout)
-    assert found == {"entries": count, "consistent": True, "problems": []}
+    assert found == {"entries": count, "consistent": True, "problems": [], "notes": []}
     result = run("leaderboard", "build", "--dir", board, "--json")
     written = [str(board / name) for name in ("index.html", "LEADERBOARD.md")]
     assert json.loads(result.stdout) == {"entries": count, "written": written} and result.stderr == ""

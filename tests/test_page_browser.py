@@ -134,7 +134,7 @@ def test_hostile_entries_are_text(browser, page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1280, 1920])
 def test_published_page_fits_asks_for_nothing_and_says_nothing(browser, width, scheme):
     browser.resize(width)
     browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -147,6 +147,8 @@ def test_published_page_fits_asks_for_nothing_and_says_nothing(browser, width, s
         "[...document.querySelectorAll('a[href^=\"#\"]')].map(a => decodeURIComponent(a.getAttribute('href').slice(1)))"
     )
     assert browser.run(f"{links}.filter(id => !document.getElementById(id))") == []
+    # Headings go down one level at a time; every table says what it is, every picture and plot what it shows.
+    assert browser.run(OUTLINE) == {"first": 1, "jumps": [], "tables": [], "pictures": [], "cells": [], "unnamed": []}
     # Text against its background, WCAG AA: 4.5 to 1.
     assert browser.run(CONTRAST) == []
     background = "getComputedStyle(document.body).backgroundColor"
@@ -154,9 +156,31 @@ def test_published_page_fits_asks_for_nothing_and_says_nothing(browser, width, s
     browser.run("document.getElementById('theme').click()")
     assert (browser.run(background) == "rgb(255, 255, 255)") == (scheme == "dark")
     browser.run("localStorage.clear()")
-    if width == 390:  # model and robust accuracy without scrolling sideways
+    wider = "[...document.querySelectorAll('{}')].filter(e => e.clientWidth && e.scrollWidth > e.clientWidth).length"
+    if width == 390:  # model and robust accuracy without scrolling sideways, and the model stays while scrolling
         assert browser.run("document.querySelector('#models tbody b').getBoundingClientRect().right") <= 390
+        browser.run("document.querySelector('.scroll').scrollLeft = 600")
+        assert browser.run("document.querySelector('#models tbody th').getBoundingClientRect().left") <= 40
+        assert browser.run(wider.format(".columns > div")) == 0
+    else:
+        assert browser.run(wider.format(".scroll, .columns, .columns > div")) == 0
 
+
+OUTLINE = """(() => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const levels = all('h1, h2, h3, h4, h5, h6').map(h => Number(h.tagName[1]));
+  const named = (e) => e.getAttribute('aria-label') || e.getAttribute('aria-hidden') === 'true';
+  const text = (e) => e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length);
+  return {
+    first: levels.filter(l => l === 1).length && levels[0],
+    jumps: levels.filter((l, k) => k && l > levels[k - 1] + 1),
+    tables: all('table').filter(t => !t.caption || !t.caption.textContent.trim()).map(t => t.id),
+    pictures: [...all('img').filter(i => !i.alt), ...all('svg').filter(s => !named(s))].map(e => e.outerHTML),
+    cells: [...all('th').filter(t => !t.scope), ...all('#models thead button').filter(
+      b => !b.closest('th').hasAttribute('aria-sort'))].map(e => e.textContent),
+    unnamed: all('a, button, input, select, summary').filter(e => !text(e)).map(e => e.outerHTML.slice(0, 60)),
+  };
+})()"""
 
 CONTRAST = """(() => {
   const luminance = (text) => {
@@ -174,8 +198,10 @@ CONTRAST = """(() => {
   const poor = new Set();
   document.querySelectorAll('body *').forEach((e) => {
     if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.getClientRects().length) return;
-    if (e.closest('svg, script, style')) return;
-    const [a, b] = [luminance(getComputedStyle(e).color), luminance(behind(e))];
+    if (e.closest('script, style')) return;
+    const drawn = e.closest('svg'), filled = e.closest('.point');
+    const under = filled ? getComputedStyle(filled.querySelector('circle')).fill : behind(e);
+    const [a, b] = [luminance(drawn ? getComputedStyle(e).fill : getComputedStyle(e).color), luminance(under)];
     if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) poor.add(`${e.tagName}.${e.className}`);
   });
   return [...poor];
@@ -205,4 +231,20 @@ def test_everything_works_from_the_keyboard(browser, page):
     assert browser.run("document.querySelectorAll('#models thead button')[1].closest('th').ariaSort") == "descending"
     browser.run("document.querySelector('#models tbody input').focus()")
     browser.press(" ")
-    assert "tick a second" in browser.run("document.getElementById('comparison').textContent")
+    text = "document.getElementById('comparison').textContent"
+    assert "tick a second" in browser.run(text)
+    browser.run("document.querySelectorAll('#models tbody input')[1].focus()")
+    browser.press(" ")
+    assert "McNemar p" in browser.run(text) or "cannot be compared" in browser.run(text)
+    # A filter by the arrow key, and the text field by typing.
+    browser.run("document.querySelector('select[data-column=eps]').focus()")
+    browser.press("ArrowDown")
+    browser.wait("document.querySelector('select[data-column=eps]').selectedIndex === 1")
+    assert len(browser.run(NAMES)) < 4
+    browser.run("document.querySelector('button[type=reset]').focus()")
+    browser.press("Enter")
+    browser.wait(f"{NAMES}.length === 4")
+    browser.run("document.getElementById('find').focus()")
+    browser.press("Enter")  # does not leave the page
+    browser.command("Input.insertText", text="elsewh")
+    browser.wait(f"{NAMES}.length === 1")

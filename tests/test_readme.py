@@ -1,15 +1,20 @@
 """The README's snippets run as printed, and its commands are the ones that exist."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from json_schema import faults
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,14 +54,16 @@ def test_install_commands_name_extras_that_exist(mark):
 
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "leaderboard/README.md")}
-COMMANDS = [
-    line
-    for text in TEXTS.values()
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
-    if not language
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("convex-head ")
-]
+LINES = {
+    name: [
+        line
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
+        if not language
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    for name, text in TEXTS.items()
+}
+COMMANDS = [line for lines in LINES.values() for line in lines if line.startswith("convex-head ")]
 
 
 def test_commands_in_the_documents_exist_with_their_options():
@@ -87,51 +94,130 @@ def test_relative_links_lead_somewhere(name):
     assert links or name != "README.md"
 
 
+def surroundings(folder):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *(item for item in sys.path if item)])}
+
+
+def words_of(line, folder):
+    """What a shell makes of a line: its words, patterns replaced by the files that match; this Python's commands."""
+    program, *rest = shlex.split(line)
+    start = {
+        "convex-head": [sys.executable, "-m", "convex_head"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }[program]
+    files = [sorted(str(path.relative_to(folder)) for path in folder.glob(w)) if "*" in w else [w] for w in rest]
+    return [*start, *(word for found in files for word in found)]
+
+
 def shell(line, folder):
     done = subprocess.run(
-        [sys.executable, "-m", "convex_head", *shlex.split(line)[1:]],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *(item for item in sys.path if item)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
+        words_of(line, folder), cwd=folder, env=surroundings(folder), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, (line, done.stderr)
     return done
 
 
-def test_the_way_to_an_entry_works_as_printed(tmp_path):
-    """The commands of leaderboard/README.md and of the README, from a model of one's own to pages and a report."""
-    if importlib.util.find_spec("pyautoattack") is None:
-        pytest.skip("needs pyautoattack")
-    (tmp_path / "module.py").write_text(
+def write_factory(folder):
+    (folder / "module.py").write_text(
         "import torch\n"
         "from torch import nn\n"
         "def factory(num_classes):\n"
         "    torch.manual_seed(0)\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
     )
-    (tmp_path / "leaderboard").mkdir()
-    for start in ("evaluate --model module:factory", "leaderboard add record", "leaderboard check", "report record"):
-        line = next(line for line in COMMANDS if line.startswith(f"convex-head {start}"))
-        shell(line, tmp_path)
+
+
+def test_the_way_to_an_entry_works_as_printed(tmp_path):
+    """Every command of leaderboard/README.md in its order, the bench in its quick form."""
+    pytest.importorskip("pyautoattack")
+    pytest.importorskip("sklearn")
+    write_factory(tmp_path)
+    board = tmp_path / "leaderboard"
+    *lines, serve = LINES["leaderboard/README.md"]
+    assert len(lines) >= 8 and serve == "convex-head leaderboard serve"
+    for line in lines:
+        done = shell(line.replace("convex-head bench", "convex-head bench --quick"), tmp_path)
+        if "--head" in line:
+            assert "the certificate holds" in done.stderr
+    names = {path.name for path in (board / "entries").iterdir()}
+    assert names >= {"digits-module-factory-linf-0-1.json", "digits-standard-convex-linf-0-1.json"}
+    schema = json.loads((ROOT / "leaderboard" / "schema.json").read_text(encoding="utf-8"))
+    for path in (board / "entries").iterdir():
+        assert faults(json.loads(path.read_text(encoding="utf-8")), schema) == []
+    page = (board / "index.html").read_bytes()
+    process = subprocess.Popen(
+        [*words_of(serve, tmp_path), "--port", "0"],
+        cwd=tmp_path, env=surroundings(tmp_path), stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore SIGINT, and what they start does too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
+        try:
+            url = process.stderr.readline().split()[0]
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                assert answer.read() == page
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+
+
+def test_evaluate_and_report_of_the_readme_work_as_printed(tmp_path):
+    """On digits and two points, where the README has CIFAR-10 and a thousand."""
+    torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("pyautoattack")
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "weights.pt")
+    lines = [
+        line for line in LINES["README.md"] if line.startswith(("convex-head evaluate", "convex-head leaderboard"))
+    ]
+    lines += [line for line in LINES["README.md"] if line.startswith("convex-head report")]
+    assert len(lines) == 4
+    for line in lines:
+        shell(line.replace("cifar10", "digits").replace("--n-ex 1000", "--n-ex 2"), tmp_path)
     assert "<h2" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert (tmp_path / "leaderboard" / "index.html").exists()
+    assert len(list((tmp_path / "leaderboard" / "entries").iterdir())) == 1
 
 
-def test_the_fit_of_the_readme_works_as_printed(tmp_path):
+def test_the_fits_of_the_readme_work_as_printed(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((80, 4)).astype("float32")
-    np.save(tmp_path / "features.npy", x)
-    np.save(tmp_path / "labels.npy", (x[:, 0] > 0).astype("int64"))
-    (line,) = [line for line in COMMANDS if line.startswith("convex-head fit")]
-    assert "converged" in shell(line, tmp_path).stdout
-    assert (tmp_path / "head.safetensors").exists() and (tmp_path / "fit.ckpt").exists()
+    lines = [line for line in LINES["README.md"] if " fit " in line]
+    assert [line.split()[0] for line in lines] == ["convex-head", "torchrun"]
+    for line in lines:
+        folder = tmp_path / line.split()[0]
+        folder.mkdir()
+        np.save(folder / "features.npy", x)
+        np.save(folder / "labels.npy", (x[:, 0] > 0).astype("int64"))
+        assert "converged" in shell(line, folder).stdout
+        assert (folder / "head.safetensors").exists() and (folder / "fit.ckpt").exists()
+
+
+def test_every_command_of_the_readmes_is_one_of_those_that_run():
+    known = ("convex-head", "torchrun", "pip install")
+    assert all(line.startswith(known) for lines in LINES.values() for line in lines if line.strip())
+
+
+def test_the_benchmarks_commands_exist_with_their_options():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    lines = [line.split("#")[0] for line in re.findall(r"^    (.*python -m benchmarks\..*)$", text, flags=re.M)]
+    common = (ROOT / "benchmarks" / "common.py").read_text(encoding="utf-8")
+    assert len(lines) >= 14
+    for line in lines:
+        module, *words = shlex.split(line[line.index("-m ") + 3 :])
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        for option in (word for word in words if word.startswith("--")):
+            assert f'"{option}"' in source + common, (line, option)
+
+
+TOPICS = (
+    *("Two commands", "What is exact, what is a bound", "Swap a head in your pipeline", "Evaluate any model"),
+    *("Add an attack", "Add an entry, write a report", "How it compares", "Troubleshooting", "Citation"),
+)
 
 
 def test_the_readme_answers_what_a_newcomer_asks():
     headings = re.findall(r"^## (.+)$", README, flags=re.M)
-    for heading in ("Two commands", "Evaluate any model", "How it compares", "Troubleshooting", "Citation"):
+    for heading in TOPICS:
         assert heading in headings
     compared = README[README.index("## How it compares") : README.index("## Troubleshooting")]
     for other in ("AutoAttack", "torchattacks", "RobustBench", "Foolbox", "ART"):

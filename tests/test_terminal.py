@@ -107,6 +107,17 @@ def test_a_dumb_terminal_gets_plain_lines(zoo):
     assert terminal.code == 0 and "\x1b" not in raw and "apgd-ce: robust" in raw
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("arguments", "code"), [(EVALUATE, 0), (("evaluate", "--model", "zoo:nothing"), 2)])
+def test_no_color_keeps_bars_and_drops_colours(zoo, arguments, code):
+    terminal = Terminal(arguments, zoo, 100, NO_COLOR="1")
+    raw = terminal.finish()
+    assert terminal.code == code, raw
+    assert not re.search(r"\x1b\[[0-9;]*\b(3[0-79]|4[0-79]|9[0-7]|38|48)(;[0-9;]*)?m", raw)
+    coloured = Terminal(arguments, zoo, 100).finish()
+    assert re.search(r"\x1b\[[0-9;]*\b(3[0-7]|38)(;[0-9;]*)?m", coloured)
+
+
 def test_a_log_of_evaluate_has_a_line_a_stage_and_no_escape(zoo):
     done = subprocess.run(
         [sys.executable, "-m", "convex_head", *EVALUATE],

@@ -100,6 +100,10 @@ class Forms:
         """Some of the forms."""
         return Forms(self.plus[index], None if self.minus is None else self.minus[index])
 
+    def are_many(self) -> bool:
+        """They are factored when asked for, not all at once."""
+        return len(self.plus) > _EAGER_FORMS
+
     def ends(self) -> list[Tensor]:
         """Functions of the first sign, then of the second where forms are pairs."""
         return [self.plus] if self.minus is None else [self.plus, self.minus]
@@ -203,8 +207,7 @@ class Spectra:
         flat = packed.vectors.double().reshape(functions * m, d)
         # (F, F, m, m): products of the neurons of every two functions.
         self._gram = (flat @ flat.mT).view(functions, m, functions, m).transpose(1, 2)
-        many = len(forms.plus) > _EAGER_FORMS
-        self._all = None if many else self._factor(forms)
+        self._all = None if forms.are_many() else self._factor(forms)
         self._curvatures: tuple[Tensor, Tensor] | None = None
         self._screen: Screen | None = None
 

@@ -23,6 +23,8 @@ from convex_head.adversary.margins import Forms, PackedNetwork, Spectra
 from convex_head.adversary.trust_region import minimise_blurred, minimise_over_ball
 from convex_head.rows import Chunk, Rows
 
+# A margin from here on costs nothing under any loss (problems/losses.py).
+SATISFIED = 1.0
 _GROUP_ELEMENTS = 1 << 16
 
 
@@ -77,7 +79,7 @@ class MarginScan:
         self.num_functions = 1 if num_classes == 2 else num_classes
         self.num_margins = 1 if num_classes == 2 else num_classes - int(self.pairwise)
         self.forms = Forms.build(num_classes, self.pairwise, rows.device)
-        self._table_form, self._table_sign, self._rival = self._tables()
+        self.table_form, self.table_sign, self.rival = self._tables()
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Form, sign and opposing function of every (column, label); (K, C) each."""
@@ -165,7 +167,7 @@ class MarginScan:
         value, norm = spectra.screen().values(tau)
         low, high = spectra.curvatures()
         labels = chunk.labels
-        form, sign, rival = (table[:, labels].T for table in (self._table_form, self._table_sign, self._rival))
+        form, sign, rival = (table[:, labels].T for table in (self.table_form, self.table_sign, self.rival))
         curvature = torch.where(sign > 0, low[form], -high[form])
         if not self.pairwise:
             return sign.to(value.dtype) * value, norm, curvature
@@ -203,8 +205,8 @@ class MarginScan:
             columns = block // classes
             entry = (columns, block % classes)
             yield Group(
-                self._table_form[entry],
-                self._table_sign[entry],
+                self.table_form[entry],
+                self.table_sign[entry],
                 columns.unsqueeze(1),
                 rows,
                 mask if padded else None,

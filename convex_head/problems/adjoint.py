@@ -1,4 +1,4 @@
-"""Gradients of weighted sums of worst-case margins in the neurons, gathered chunk by chunk.
+"""The smoothed loss and its gradient in the neurons, gathered chunk by chunk with torch, on any device.
 
 By Danskin's theorem the derivative of a minimum is that of its form at the minimiser: no worst case is differentiated.
 """
@@ -10,26 +10,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convex_head.adversary.margins import Spectra
-from convex_head.adversary.scan import Step
+from convex_head.adversary.margins import PackedNetwork
+from convex_head.adversary.scan import SATISFIED, MarginScan, Step
+from convex_head.problems.losses import MarginLoss
 
 
 class Adjoint:
-    """Gradient of sum_ik omega_ik w_ik in the packed vectors (F, m, d) of one network.
+    """Smoothed and hard loss summed over all rows, and the gradient of the smoothed mean in the vectors (F, m, d).
 
     Args:
-        spectra: factors of the network.
+        scan: rows, classes and activation.
+        packed: the network.
+        loss: of the margins.
+        radius, mu, blur: of the smoothed problem.
+        examples: n of the mean, over all shards.
+
+    Attributes:
+        losses: (2,) smoothed and hard loss, sums over the rows.
     """
 
-    def __init__(self, spectra: Spectra):
-        vectors = spectra.packed.vectors
+    def __init__(
+        self,
+        scan: MarginScan,
+        packed: PackedNetwork,
+        loss: MarginLoss,
+        *,
+        radius: float,
+        mu: float,
+        blur: float,
+        examples: int,
+    ):
+        self._scan, self._loss = scan, loss
+        self._radius, self._mu, self._blur, self._examples = radius, mu, blur, examples
+        self._spectra = spectra = scan.spectra(packed)
+        vectors = packed.vectors
         functions, m, _ = vectors.shape
-        self._spectra = spectra
+        self.losses = vectors.new_zeros(2, dtype=torch.float64)
         self._at_examples = torch.zeros_like(vectors, dtype=spectra.dtype)
         self._on_steps = vectors.new_zeros(functions, functions, m, m, dtype=torch.float64)
         self._on_self = torch.zeros_like(vectors[..., 0], dtype=spectra.dtype)
 
-    def add(self, x: Tensor, steps: Sequence[Step], omega: Tensor) -> None:
+    def run(self) -> None:
+        """Pass over all rows."""
+        scan, loss, mu = self._scan, self._loss, self._mu
+        for chunk, _, margins, steps in scan.passes(
+            self._spectra, self._radius, SATISFIED, self._blur, loss.window(mu)
+        ):
+            value, slopes = loss.smoothed(margins, scan.num_classes, mu)
+            hard = loss.value(margins, scan.num_classes)
+            self.losses += torch.stack([value.double().sum(), hard.double().sum()])
+            self._add(chunk.x, steps, slopes / -self._examples)
+
+    def _add(self, x: Tensor, steps: Sequence[Step], omega: Tensor) -> None:
         """One chunk: features (rows, d), its worst cases and the weights (rows, K) of its margins."""
         functions, m, _ = self._at_examples.shape
         coefficients = torch.zeros(len(x), functions, m, dtype=x.dtype, device=x.device)
@@ -44,9 +76,9 @@ class Adjoint:
         self._at_examples.view(width, -1).addmm_(coefficients.view(-1, width).mT, x)
 
     def parts(self) -> tuple[Tensor, ...]:
-        """What processes add up: gradients at the examples (F, m, d), through the steps, in combinations of neurons
-        (F, F, m, m), and through |v_j|, in units of v_j (F, m)."""
-        return self._at_examples, self._on_steps, self._on_self
+        """What processes add up, in place: the losses, gradients at the examples (F, m, d), through the steps, in
+        combinations of neurons (F, F, m, m), and through |v_j|, in units of v_j (F, m)."""
+        return self.losses, self._at_examples, self._on_steps, self._on_self
 
     def gradient(self) -> Tensor:
         """(F, m, d), float64."""

@@ -39,10 +39,11 @@ from torch import Tensor
 
 from convex_head.errors import StartError
 from convex_head.problems.losses import get_loss
+from convex_head.problems.margin_pass import MarginPass
 from convex_head.problems.patterns import with_constant
-from convex_head.problems.smoothing import huber, smooth_hinge
 
-_CHUNK_ELEMENTS = 4_000_000
+# A chunk's tensors stay in the cache.
+_CHUNK_ELEMENTS = 250_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,16 @@ class Centre:
     shares: Tensor | None
 
 
+@dataclass(frozen=True)
+class Penalty:
+    """Of one chunk of examples: exact, smoothed, gradient of that (A, d+1), and the shares (B, A) behind it."""
+
+    hard: float
+    smooth: float
+    gradient: Tensor
+    shares: Tensor
+
+
 class GateProblem:
     """Margins, objective, gradient and bound; subclasses say which gates flip and what is penalised.
 
@@ -129,7 +140,7 @@ class GateProblem:
         self.flip = self._flips(score)
         if self.flip is not None:
             self.on = self.on * (1 - self.flip)
-        self._plus, self._minus, self._sign = self._forms()
+        self.others, self.sign = self._forms()
         self._chunks = self._chunk()
 
     def _chunk(self) -> list[slice]:
@@ -144,6 +155,15 @@ class GateProblem:
             if isinstance(value, Tensor) and name not in ("gates", "groups"):
                 setattr(part, name, value[index])
         part._chunks = part._chunk()
+        return part
+
+    def cast(self, dtype: torch.dtype) -> GateProblem:
+        """The same problem with its bulk computation in another dtype."""
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "gates":
+                setattr(part, name, value.to(dtype))
+        part.dtype = dtype
         return part
 
     def restricted(self, groups: Tensor) -> GateProblem:
@@ -186,28 +206,40 @@ class GateProblem:
     @property
     def num_margins(self) -> int:
         """K: 1 (binary), C (one_vs_rest) or C - 1 (pairwise; classes other than y in increasing order)."""
-        return self._plus.shape[1]
+        return self.num_functions - 1 if self.pairwise else self.num_functions
 
     def _flips(self, score: Tensor) -> Tensor | None:
         """(n, P) 1 where a gate is counted as able to flip; None for nowhere."""
         return None
 
-    def _forms(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Form k of example i is sign * (f_plus - f_minus)."""
+    @property
+    def pairwise(self) -> bool:
+        """Margins are f_y - f_k; otherwise they are +-f_k, with K = F."""
+        return self.num_classes > 2 and self._loss.pairwise
+
+    def _forms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Pairwise margins: the (n, K) other classes k. Else the (n, F) signs."""
         y, c = self.labels, self.num_classes
         every = torch.arange(c, device=y.device)
         if c == 2:
-            return torch.zeros_like(y)[:, None], None, (2 * y - 1)[:, None].to(self.dtype)
+            return None, (2 * y - 1)[:, None].to(self.dtype)
         if not self._loss.pairwise:
-            sign = 2 * (every == y[:, None]).to(self.dtype) - 1
-            return every.expand(self.n, c), None, sign
+            return None, 2 * (every == y[:, None]).to(self.dtype) - 1
         others = every[: c - 1].expand(self.n, c - 1)
-        others = others + (others >= y[:, None])
-        return y[:, None].expand_as(others), others, self.x.new_ones(others.shape)
+        return others + (others >= y[:, None]), None
 
     def theta(self, vectors: Tensor) -> Tensor:
         """(P, F, d+1) from (G, F, d+1)."""
         return vectors
+
+    def _by_vector(self, gradient: Tensor) -> Tensor:
+        """Gradient with respect to the vectors (G, F, d+1), from that with respect to theta."""
+        return gradient
+
+    def _gather(self, gradient: Tensor) -> Tensor:
+        """Gradient with respect to the groups' vectors, from that with respect to theta."""
+        gradient = self._by_vector(gradient)
+        return gradient if self.groups is None else gradient[self.groups[:, 0], self.groups[:, 1]]
 
     def check_start(self, start: GateNetwork) -> GateNetwork:
         """A warm start on this problem's device; its gates are those of the problem.
@@ -232,8 +264,8 @@ class GateProblem:
     def margins(self, network: GateNetwork) -> Tensor:
         """(n, K) worst-case margins w, float64."""
         with torch.no_grad():
-            theta = self.theta(network.vectors.to(self.dtype))
-            return torch.cat([self._margins(theta, chunk)[0] for chunk in self._chunks]).double()
+            sweep = MarginPass(self, self.theta(network.vectors.to(self.dtype)), 0.0)
+            return torch.cat([sweep.forward(chunk)[0] for chunk in self._chunks]).double()
 
     def values(self, network: GateNetwork) -> Tensor:
         """(n, F) f_c(x_i) of the convex model, float64."""
@@ -244,57 +276,6 @@ class GateProblem:
             on = (x @ self.gates.mT >= 0).double()
             out.append(torch.einsum("np,npf->nf", on, torch.einsum("nd,pfd->npf", x, theta)))
         return torch.cat(out)
-
-    def _margins(self, theta: Tensor, chunk: slice, mu: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Exact and smoothed (width mu) margins of a chunk, (B, K) each."""
-        x = self.x[chunk]
-        combined = (self.on[chunk] @ theta.flatten(1)).unflatten(1, theta.shape[1:])
-        forms = self._form(combined, chunk)
-        clean = torch.einsum("bd,bkd->bk", x, forms)
-        exact, smooth = self._norms(forms, mu)
-        exact, smooth = clean - exact, clean - smooth
-        if self.flip is not None:
-            score = torch.einsum("bd,pfd->bpf", x, theta)
-            plus, sign = self._plus[chunk], self._sign[chunk]
-            minus = None if self._minus is None else self._minus[chunk]
-            by_form = self._pick(score, plus, minus) * sign[:, None, :]
-            # |theta_py - theta_pk|_* once a pair of functions, not once an example.
-            pairs = theta[:, :, None] - theta[:, None] if minus is not None else theta[:, :, None]
-            hard_norm, soft_norm = (t.flatten(1) for t in self._norms(pairs, mu / theta.shape[0]))
-            index = plus if minus is None else plus * theta.shape[1] + minus
-            flip = self.flip[chunk][:, :, None]
-            loss = (hard_norm[:, index].movedim(0, 1) - by_form).clamp_min(0)
-            exact = exact - (flip * loss).sum(1)
-            soft = soft_norm[:, index].movedim(0, 1) - by_form
-            smooth = smooth - (flip * smooth_hinge(soft, mu / theta.shape[0])).sum(1)
-        return exact, smooth
-
-    def _form(self, values: Tensor, chunk: slice) -> Tensor:
-        """sign * (v_plus - v_minus) of (B, F, d+1) values; (B, K, d+1)."""
-        rows = torch.arange(len(values), device=values.device)[:, None]
-        picked = values[rows, self._plus[chunk]]
-        if self._minus is not None:
-            picked = picked - values[rows, self._minus[chunk]]
-        return picked * self._sign[chunk].unsqueeze(-1)
-
-    @staticmethod
-    def _pick(score: Tensor, plus: Tensor, minus: Tensor | None) -> Tensor:
-        """(B, P, F) scores to (B, P, K) of f_plus - f_minus."""
-        index = plus[:, None, :].expand(-1, score.shape[1], -1)
-        picked = score.gather(2, index)
-        return picked if minus is None else picked - score.gather(2, minus[:, None, :].expand_as(index))
-
-    def _norms(self, v: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-        """r |v|_* and its smoothed version with a bias of at most mu / 2."""
-        if self.radius == 0:
-            zero = v.new_zeros(v.shape[:-1])
-            return zero, zero
-        if self.ball == "linf":
-            size = v[..., :-1].abs()
-            width = mu / (self.radius * self.d)
-            return self.radius * size.sum(-1), self.radius * huber(size, width).sum(-1)
-        size = v[..., :-1].norm(dim=-1)
-        return self.radius * size, self.radius * huber(size, mu / self.radius)
 
     # -- objective --------------------------------------------------------------------------------------------
 
@@ -307,10 +288,8 @@ class GateProblem:
         """Penalty of the constraints."""
         return 0.0
 
-    def _penalty(
-        self, vectors: Tensor, chunk: slice, mu: float, narrow: float, centre: Centre
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Exact penalties of a chunk, smoothed ones up to a constant, and the shares (B, A) behind these."""
+    def _penalty(self, vectors: Tensor, chunk: slice, mu: float, narrow: float, centre: Centre) -> Penalty | None:
+        """Penalties of a chunk; vectors (A, d+1)."""
         return None
 
     def bound(self, found: GateEvaluation, largest: float) -> float:
@@ -328,10 +307,10 @@ class GateProblem:
         else:
             other = ((slopes > 0) & (slopes < share)).to(slopes) * share / mu
             own = other.sum(1, keepdim=True)
+        if self.others is None:
+            return own if self.num_classes == 2 else other
         out = slopes.new_zeros(self.n, self.num_functions)
-        if self._minus is None:
-            return out.scatter_add(1, self._plus, own if self.num_classes == 2 else other)
-        return out.scatter_add(1, self._minus, other).scatter_add(1, self._plus[:, :1], own)
+        return out.scatter_add(1, self.others, other).scatter_add(1, self.labels[:, None], own)
 
     def support(self, moments: Tensor, limit: float, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Upper bounds of max m'v - penalty(v) over |v| <= 1, and near-maximisers, not scaled.
@@ -365,31 +344,29 @@ class GateProblem:
         Returns:
             The evaluation, and the maximisers s: a better centre, with which the bias of the smoothing shrinks.
         """
-        v = vectors.detach().to(self.dtype).requires_grad_()
-        gradient = torch.zeros_like(v)
+        v = vectors.detach().to(self.dtype)
+        sweep = MarginPass(self, self.theta(self._spread(v)), narrow)
+        pull = torch.zeros_like(v)
         smooth = hard = mass = 0.0
         all_slopes, all_shares = [], []
         share = self._loss.share(self.num_classes)
-        with torch.enable_grad():
-            for chunk in self._chunks:
-                exact, margins = self._margins(self.theta(self._spread(v)), chunk, narrow)
-                # Shifted by the centre, the maximum of the loss is the centred one up to a constant.
-                shift = mu / share * centre.slopes[chunk]
-                value, slopes = self._loss.smoothed(margins.detach() - shift, self.num_classes, mu)
-                constant = 0.5 * mu / share * centre.slopes[chunk].square().sum()
-                surrogate = -(slopes * margins).sum()
-                smooth += float((value.sum() - constant).double())
-                hard += float(self._loss.value(exact.detach(), self.num_classes).double().sum())
-                mass += float(slopes.double().sum())
-                all_slopes.append(slopes)
-                penalty = None if loss_only else self._penalty(v.flatten(0, -2), chunk, mu, narrow, centre)
-                if penalty is not None:
-                    surrogate = surrogate + penalty[1]
-                    hard += float(penalty[0].detach())
-                    smooth += float(penalty[1].detach())
-                    all_shares.append(penalty[2])
-                gradient += torch.autograd.grad(surrogate, v)[0]
-        gradient, mass = gradient.double() / self.n, mass / self.n
+        for chunk in self._chunks:
+            exact, margins = sweep.forward(chunk)
+            # Shifted by the centre, the maximum of the loss is the centred one up to a constant.
+            last = centre.slopes[chunk].to(self.dtype)
+            value, slopes = self._loss.smoothed(margins - mu / share * last, self.num_classes, mu)
+            sweep.backward(slopes, chunk)
+            smooth += float(value.sum(dtype=torch.float64)) - 0.5 * mu / share * float(last.square().sum())
+            hard += float(self._loss.value(exact, self.num_classes).sum(dtype=torch.float64))
+            mass += float(slopes.sum(dtype=torch.float64))
+            all_slopes.append(slopes)
+            penalty = None if loss_only else self._penalty(v.flatten(0, -2), chunk, mu, narrow, centre)
+            if penalty is not None:
+                hard, smooth = hard + penalty.hard, smooth + penalty.smooth
+                pull += penalty.gradient.view_as(pull)
+                all_shares.append(penalty.shares)
+        gradient = (self._gather(sweep.gradient()).view_as(pull) + pull).double() / self.n
+        mass /= self.n
         norm = self.reg * float(vectors.norm(dim=-1).sum())
         largest = float(gradient.norm(dim=-1).max())
         found = GateEvaluation(smooth / self.n + norm, gradient, hard / self.n + norm, 0.0, mass)

@@ -30,12 +30,14 @@ import torch
 from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
-from convex_head.adversary.scan import MarginScan, Step
+from convex_head.adversary.scan import SATISFIED, MarginScan, Step
 from convex_head.errors import StartError
+from convex_head.problems import fused
 from convex_head.problems.adjoint import Adjoint
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
 from convex_head.problems.dual_rows import DualRows, RowCollector
+from convex_head.problems.fused import FusedPass
 from convex_head.problems.losses import get_loss
 from convex_head.problems.preconditioner import preconditioner
 from convex_head.problems.repair import repaired
@@ -43,11 +45,13 @@ from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale,
 from convex_head.rows import Chunk, Rows
 from convex_head.shards import Whole
 
-# A margin of 1 costs nothing under any loss here; the factor 2 below leaves room for rescaling the network.
-_SATISFIED = 1.0
+# Margins up to here are exact where the network is rescaled afterwards (problems/scaling.py).
+_EXACT = 2 * SATISFIED
 # Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
 _BLUR_SHARE = 0.3
 _METRIC_ROWS = 4096
+# Fewer rows are passed over so quickly that they are not worth the seconds which compiling takes, once a machine.
+_COMPILED_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class PolynomialProblem:
         """Exact robust objective F of a network."""
         total = torch.zeros(1, dtype=torch.float64, device=self._device)
         spectra, window = self._scan.spectra(self.pack(network)), self._loss.window(0.0)
-        for _, _, margins, _ in self._scan.passes(spectra, self.radius, _SATISFIED, window=window):
+        for _, _, margins, _ in self._scan.passes(spectra, self.radius, SATISFIED, window=window):
             total += self._hard(margins).double().sum()
         self.shard.sum(total)
         return float(total) / self.n + self.reg * float(network.norm)
@@ -219,18 +223,13 @@ class PolynomialProblem:
 
         With blur, both are those of the blurred margins, which are smooth in the weights.
         """
-        spectra = self._scan.spectra(packed)
-        adjoint = Adjoint(spectra)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for chunk, _, margins, steps in self._scan.passes(
-            spectra, self.radius, _SATISFIED, blur, self._loss.window(mu)
-        ):
-            value, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            sums += torch.stack([value.double().sum(), self._hard(margins).double().sum()])
-            adjoint.add(chunk.x, steps, slopes / -self.n)
-        self.shard.sum(sums, *adjoint.parts())
+        settings: dict[str, Any] = {"radius": self.radius, "mu": mu, "blur": blur, "examples": self.n}
+        kind = FusedPass if self.n >= _COMPILED_ROWS and fused.serves(self._scan, self._loss) else Adjoint
+        adjoint = kind(self._scan, packed, self._loss, **settings)
+        adjoint.run()
+        self.shard.sum(*adjoint.parts())
         gradient = adjoint.gradient() + 2 * self.reg * packed.vectors.double()
-        smooth, hard = (sums / self.n).tolist()
+        smooth, hard = (adjoint.losses / self.n).tolist()
         penalty = self.reg * float(packed.vectors.double().square().sum())
         return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
 
@@ -247,7 +246,7 @@ class PolynomialProblem:
     def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
         """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
         spectra = self._scan.spectra(packed)
-        point, limit, collector = self._zero_dual(), 2 * _SATISFIED, RowCollector()
+        point, limit, collector = self._zero_dual(), _EXACT, RowCollector()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
         for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, limit, blur, self._loss.window(mu)):
@@ -302,7 +301,7 @@ class PolynomialProblem:
         """The network with its output weights scaled to the minimum of the smoothed objective."""
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
         spectra = self._scan.spectra(self.pack(network))
-        for _, _, margins, _ in self._scan.passes(spectra, self.radius, 2 * _SATISFIED):
+        for _, _, margins, _ in self._scan.passes(spectra, self.radius, _EXACT):
             at_scales += losses_at_scales(margins, lambda w: self._loss.smoothed(w, self.num_classes, mu)[0])
         self.shard.sum(at_scales)
         values = objectives(at_scales, self.n, self.reg * float(network.norm))

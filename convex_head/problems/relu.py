@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convex_head.problems.gates import Centre, GateNetwork, GateProblem
-from convex_head.problems.smoothing import dual_norm
+from convex_head.problems.gates import Centre, GateNetwork, GateProblem, Penalty
+from convex_head.problems.smoothing import BallNorm, dual_norm
 
 FEASIBLE = 1e-5
 _ELEMENTS = 4_000_000
@@ -57,6 +57,9 @@ class ReluProblem(GateProblem):
         half = vectors.shape[0] // 2
         return vectors[:half] - vectors[half:]
 
+    def _by_vector(self, gradient: Tensor) -> Tensor:
+        return torch.cat([gradient, -gradient])
+
     def violations(self, network: GateNetwork) -> tuple[Tensor, float]:
         """Sum of the violations of every example (n,), and the largest of all; margin units."""
         vectors = network.vectors.to(self.dtype)
@@ -64,7 +67,7 @@ class ReluProblem(GateProblem):
         return torch.cat([p.flatten(1).sum(1) for p in parts]).double(), max(float(p.max()) for p in parts)
 
     def _violations(self, vectors: Tensor, chunk: slice) -> Tensor:
-        return (self._norms(vectors, 0.0)[0] - self._slacks(vectors, chunk)).clamp_min(0)
+        return (self.radius * dual_norm(vectors, self.ball) - self._slacks(vectors, chunk)).clamp_min(0)
 
     def _slacks(self, vectors: Tensor, chunk: slice) -> Tensor:
         """(B, G, F) of (2 d_ip - 1) xt_i'v_g."""
@@ -88,20 +91,19 @@ class ReluProblem(GateProblem):
     def centre(self) -> Centre:
         return Centre(super().centre().slopes, self.x.new_zeros(self.n, len(self._patterns())))
 
-    def _penalty(
-        self, vectors: Tensor, chunk: slice, mu: float, narrow: float, centre: Centre
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _penalty(self, vectors: Tensor, chunk: slice, mu: float, narrow: float, centre: Centre) -> Penalty:
         assert centre.shares is not None
-        x, sides, last = self.x[chunk], self.sides[chunk][:, self._patterns()], centre.shares[chunk]
-        exact, smooth = self._norms(vectors, narrow)
-        with torch.no_grad():
-            score = (x @ vectors.mT) * sides
-            share = ((smooth - score) / mu + last).clamp(0, 1)
-            hard = self.slack * (exact - score).clamp_min(0).sum()
-            moments = (share * sides).mT @ x
-            constant = 0.5 * mu * (share - last).square().sum()
-        value = (share.sum(0) * smooth).sum() - (moments * vectors).sum() - constant
-        return hard, self.slack * value, share
+        x, sides, last = self.x[chunk], self.sides[chunk][:, self._patterns()], centre.shares[chunk].to(self.dtype)
+        norm = BallNorm(self.radius, self.ball, narrow)
+        size = norm.size(vectors)
+        exact, smooth = norm.values(size)
+        score = (x @ vectors.mT).mul_(sides)
+        hard = self.slack * float((exact - score).clamp_min_(0).sum(dtype=torch.float64))
+        share = ((smooth - score).div_(mu).add_(last)).clamp_(0, 1)
+        moments, weights = (share * sides).mT @ x, share.sum(0)
+        value = (weights * smooth).sum() - (moments * vectors).sum() - 0.5 * mu * (share - last).square_().sum()
+        gradient = norm.pull_(vectors.clone(), size, weights) - moments
+        return Penalty(hard, self.slack * float(value), self.slack * gradient, share)
 
     def constraint_curvature(self, group: int, u: Tensor, mu: float, narrow: float, shares: Tensor) -> Tensor:
         """(d+1, d+1) Hessian of one group's smoothed penalty at v = |u| u, with its ``shares`` (n, A)."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _AGAIN = "Evaluate the model again."
 # Rounding may move single points when the same weights are evaluated on another machine.
 _MOVED = 0.01
+_COSTS = ("forwards", "backwards", "seconds")
 
 
 def check_attacks(name: str, record: EvalRecord) -> None:
@@ -54,7 +55,7 @@ def check_attacks(name: str, record: EvalRecord) -> None:
         for key, value in expected.items():
             if key in counts and counts[key] != value:
                 raise EntryError(f"{name}: {key} of {attack} is {counts[key]}, the points give {value}. {_AGAIN}")
-        _check_stages(f"{name}: {attack}", counts.get("stages", {}), attempted, broken)
+        _check_stages(f"{name}: {attack}", counts, attempted, broken)
     unknown = sorted(set(record.flag_details) - set(record.flags))
     if unknown:
         raise EntryError(f"{name} explains the flags {unknown}, which it does not have. {_AGAIN}")
@@ -72,6 +73,7 @@ def check_together(entries: Sequence[Entry]) -> None:
     """
     images: dict[Any, tuple[str, Any]] = {}
     labels: dict[Any, tuple[str, Any]] = {}
+    shapes: dict[Any, tuple[str, Any]] = {}
     models: dict[Any, tuple[str, Any]] = {}
     clean: dict[Any, tuple[str, str]] = {}
     for entry in entries:
@@ -84,6 +86,8 @@ def check_together(entries: Sequence[Entry]) -> None:
         _same(images, kind, entry.id, points, "the same dataset and labels, but other fingerprints of the images")
         _same(labels, points, entry.id, record.labels, "the same fingerprint of the images, but other labels")
         parameters = (record.model.get("parameters"), record.model.get("class"))
+        sizes = (record.dataset.get("num_classes"), record.dataset.get("image_shape"))
+        _same(shapes, points, entry.id, sizes, "the same fingerprint of the images, but other sizes or classes")
         _same(models, weights, entry.id, parameters, "the same fingerprint of the weights, but other models")
         first, row = clean.setdefault((points, weights), (entry.id, record.clean))
         if np.mean(_is(row, "1") != _is(record.clean, "1")) > _MOVED:
@@ -93,7 +97,9 @@ def check_together(entries: Sequence[Entry]) -> None:
             )
 
 
-def _check_stages(name: str, stages: Any, attempted: int, broken: int) -> None:
+def _check_stages(name: str, attack: dict[str, Any], attempted: int, broken: int) -> None:
+    """Stages hand on what they leave, and points and costs add up to the attack's."""
+    stages = attack.get("stages")
     if not stages:
         return
     try:
@@ -102,6 +108,9 @@ def _check_stages(name: str, stages: Any, attempted: int, broken: int) -> None:
             following[0] == before[2] for before, following in pairwise(counts)
         )
         whole = handed_on and counts[0][0] == attempted and sum(stage[1] for stage in counts) == broken
+        costs = {
+            key: sum(stage.get(key, 0) for stage in stages.values()) for key in ("forwards", "backwards", "seconds")
+        }
     except (KeyError, TypeError, AttributeError) as problem:
         raise EntryError(f"{name}: a stage has no counts ({type(problem).__name__}: {problem}). {_AGAIN}") from problem
     if not whole:
@@ -109,6 +118,22 @@ def _check_stages(name: str, stages: Any, attempted: int, broken: int) -> None:
             f"{name} was given {attempted} points and broke {broken}, but its stages say "
             f"{[stage[:2] for stage in counts]}. {_AGAIN}"
         )
+    _check_shares(name, stages, attempted)
+    for key, total in costs.items():
+        stated = attack.get(key, total)
+        # Seconds between stages belong to the attack alone.
+        if stated < total - 1e-6 if key == "seconds" else stated != total:
+            raise EntryError(f"{name}: {key} is {stated}, but its stages add up to {total}. {_AGAIN}")
+
+
+def _check_shares(name: str, stages: dict[str, Any], attempted: int) -> None:
+    """What follows from a stage's own points."""
+    for stage, counts in stages.items():
+        tried = counts["attempted"]
+        expected = {"skipped": attempted - tried, "success_rate": counts["broken"] / tried if tried else None}
+        for key, value in expected.items():
+            if counts.get(key, value) != value:
+                raise EntryError(f"{name}: {key} of {stage} is {counts[key]}, the points give {value}. {_AGAIN}")
 
 
 def _same(known: dict[Any, tuple[str, Any]], key: Any, name: str, value: Any, problem: str) -> None:

@@ -1,40 +1,23 @@
-"""A report of chosen records for a paper's appendix: one HTML file without script, or a LaTeX table.
+"""A report of chosen records for a paper's appendix: one HTML file without script.
 
-The HTML file needs no network and prints well; :mod:`convex_head.report.pdf` writes a PDF.
+It needs no network and prints well. A PDF is written by :mod:`convex_head.report.pdf`, a LaTeX table by
+:mod:`convex_head.report.latex`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from markupsafe import Markup
 
 from convex_head.records import EvalRecord
-from convex_head.report.entries import Entry, fact, plain
+from convex_head.report.entries import Entry
 from convex_head.report.plots import curves
 from convex_head.report.rows import environment, read_template, row
-from convex_head.report.terminal import attack_names, footnotes, gap_text, short_attack
+from convex_head.report.terminal import footnotes
 
-_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    # After a row's \\ an asterisk or a bracket would be its argument.
-    "[": "{[}",
-    "]": "{]}",
-    "*": "{*}",
-}
+_Item = TypeVar("_Item")
 
 
 def render_report(records: Sequence[EvalRecord], *, title: str = "Robustness evaluation", pictures: bool = True) -> str:
@@ -66,29 +49,6 @@ def numbered(records: Sequence[EvalRecord]) -> list[Entry]:
     return [Entry(f"{k}-{entry.id}", entry.robustbench, entry.record) for k, entry in enumerate(made, start=1)]
 
 
-def render_latex(records: Sequence[EvalRecord]) -> str:
-    """A table with booktabs rules, ready for ``\\input``; a rule where dataset or threat change.
-
-    Accuracies in percent; the interval is the 95 % Wilson interval of the robust accuracy, and the columns of attacks
-    count what is left after each.
-    """
-    attacks = attack_names(records)
-    heads = ["model", "clean", "robust", "95\\,\\%", *(_tex(short_attack(name)) for name in attacks), "radius", "gap"]
-    lines = [
-        "% Needs \\usepackage{booktabs}.",
-        "\\begin{table}",
-        "  \\centering",
-        f"  \\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
-        "    \\toprule",
-        f"    {' & '.join(heads)} \\\\",
-    ]
-    for (dataset, threat), group in groupby(records, key=board):
-        lines += ["    \\midrule", f"    \\multicolumn{{{len(heads)}}}{{l}}{{{_tex(dataset)}, {_tex(threat)}}} \\\\"]
-        lines += [f"    {' & '.join(_cells(record, attacks))} \\\\" for record in group]
-    lines += ["    \\bottomrule", "  \\end{tabular}", "  \\caption{" + _caption(records) + "}", "\\end{table}"]
-    return "\n".join(lines) + "\n"
-
-
 def board(record: EvalRecord) -> tuple[str, str]:
     """Dataset and threat, which two records of one table share."""
     threat = record.threat
@@ -96,35 +56,15 @@ def board(record: EvalRecord) -> tuple[str, str]:
     return str(record.dataset.get("name", "")), f"{norm}, eps = {threat.eps_text}, n = {record.n}"
 
 
-def _cells(record: EvalRecord, attacks: Sequence[str]) -> list[str]:
-    low, high = record.interval
-    radius = fact(record, "radius", (int, float))
-    left = [record.attacks.get(name, {}).get("robust_correct") for name in attacks]
-    return [
-        _tex(record.name) + ("$^{\\dagger}$" if record.flags else ""),
-        f"{100 * record.clean_accuracy:.1f}",
-        f"{100 * record.robust_accuracy:.1f}",
-        f"{100 * low:.1f}--{100 * high:.1f}",
-        *("" if count is None else f"{100 * count / record.n:.1f}" for count in left),
-        "" if radius is None else f"{radius:g}",
-        _tex(gap_text(record)),
-    ]
-
-
-def _caption(records: Sequence[EvalRecord]) -> str:
-    text = (
-        "Accuracy in percent. Robust: right without attack and under every attack, with the 95\\,\\% Wilson interval; "
-        "columns of attacks: what is left after each, in this order. Gap: relative duality gap of the head's training "
-        "problem."
-    )
-    return text + (" $\\dagger$: flagged, not to be trusted." if any(record.flags for record in records) else "")
+def by_board(items: Iterable[_Item], record: Callable[[_Item], EvalRecord]) -> dict[tuple[str, str], list[_Item]]:
+    """Items by the board of their record, in the order in which boards first appear."""
+    found: dict[tuple[str, str], list[_Item]] = {}
+    for item in items:
+        found.setdefault(board(record(item)), []).append(item)
+    return found
 
 
 def board_notes(records: Sequence[EvalRecord]) -> list[str]:
     """The footnotes of each board, once each."""
-    groups = [list(group) for _, group in groupby(records, key=board)]
+    groups = by_board(records, lambda record: record).values()
     return list(dict.fromkeys(line for group in groups for line in footnotes(group)))
-
-
-def _tex(text: str) -> str:
-    return "".join(_SPECIAL.get(letter, letter) for letter in plain(text, 100))

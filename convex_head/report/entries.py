@@ -12,10 +12,8 @@ the record checks its counts against its per-example results, and the percentage
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,8 @@ from convex_head.errors import EntryError, RecordError
 from convex_head.json_files import read_json, write_json
 from convex_head.records import EvalRecord
 from convex_head.report.consistency import check_attacks
+from convex_head.report.facts import check_facts
+from convex_head.report.values import fact, slug
 
 TEXT_LIMIT = 300
 ROBUSTBENCH_FIELDS: dict[str, type] = {
@@ -41,6 +41,11 @@ ROBUSTBENCH_FIELDS: dict[str, type] = {
     "reported": str,
     "autoattack_acc": str,
 }
+# What follows from the record; the rest is what whoever adds it says.
+_FROM_RECORD = (
+    *("name", "dataset", "architecture", "number_forward_passes"),
+    *("eps", "clean_acc", "autoattack_acc", "external"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Entry:
         """
         payload = read_json(path, EntryError, "leaderboard entry")
         fields = {key: value for key, value in payload.items() if key != "convex_head"}
-        _check_fields(fields, path)
+        _check_fields(fields, os.fspath(path))
         try:
             record = EvalRecord.from_dict(payload.get("convex_head") or {})
         except RecordError as problem:
@@ -121,21 +126,27 @@ class Entry:
         Raises:
             EntryError: one does not.
         """
-        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id) or len(self.id) > 200:
+        _check_fields(self.robustbench, self.id)
+        if self.id != _entry_id(self.record):
             raise EntryError(
-                f"An entry's file name has lower-case letters, digits and hyphens; found {self.id!r}. "
-                f"Rename it to {slug(self.id)}.json."
+                f"{self.id}.json holds the entry {_entry_id(self.record)}: dataset, name and threat. Rename it to that."
             )
         expected = Entry.from_record(self.record).robustbench
-        for name in ("eps", "clean_acc", "autoattack_acc", "external", "dataset"):
+        for name in _FROM_RECORD:
             if self.robustbench.get(name) != expected.get(name):
                 raise EntryError(
                     f"{self.id}: {name} is {self.robustbench.get(name)!r}, but the record gives "
                     f"{expected.get(name)!r}. "
                     "Add the record again with 'convex-head leaderboard add'."
                 )
-        _check_certificate(self.id, self.record)
+        if not re.fullmatch(r"100\.00|\d?\d\.\d\d", self.robustbench["reported"]):
+            raise EntryError(
+                f"{self.id}: reported is {self.robustbench['reported']!r}, but is percent with two decimals, as 84.59."
+            )
+        if self.robustbench["link"] and not self.robustbench["link"].startswith(("https://", "http://")):
+            raise EntryError(f"{self.id}: link is {self.robustbench['link']!r}, but is empty or starts with https://.")
         check_attacks(self.id, self.record)
+        check_facts(self.id, self.record)
 
 
 def check_admissible(entry: Entry) -> None:
@@ -155,6 +166,12 @@ def check_admissible(entry: Entry) -> None:
         )
 
 
+def is_bounded(record: EvalRecord) -> bool:
+    """The record's gap, if it has one, stands with the objective and the lower bound that it is the gap of."""
+    gap, *bounds = (fact(record, key, (int, float)) for key in ("gap", "objective", "lower_bound"))
+    return gap is None or None not in bounds
+
+
 def load_entries(folder: str | os.PathLike[str]) -> list[Entry]:
     """All entries of a folder, checked, in the order of their ids."""
     return [Entry.load(path) for path in sorted(Path(folder).glob("*.json"))]
@@ -172,38 +189,6 @@ def ranked(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=order)
 
 
-def slug(text: str) -> str:
-    """A file name and HTML id: lower-case letters, digits, hyphens; at most 80 characters, never empty."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80].strip("-") or "entry"
-
-
-def fact(record: EvalRecord, key: str, kind: type | tuple[type, ...]) -> Any:
-    """``record.metadata[key]`` if it is of that kind (and a finite float), else None: metadata is the caller's."""
-    value = record.metadata.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        return None
-    return None if isinstance(value, (int, float)) and not is_finite(value) else value
-
-
-def is_finite(value: Any) -> bool:
-    """A number, not a bool, that a float can hold: JSON has integers of any length."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def plain(value: Any, limit: int = 300) -> str:
-    """Text in one line and of bounded length, without what would disturb its neighbours.
-
-    Control characters, direction marks and lone surrogates (which no file can hold) are left out.
-    """
-    text = str(value)
-    short = " ".join(text[: 8 * limit].split())
-    kept = "".join(letter for letter in short if unicodedata.category(letter) not in ("Cc", "Cf", "Cs"))
-    return kept if len(kept) <= limit and len(text) <= 8 * limit else kept[: limit - 1] + "…"
-
-
 def _entry_id(record: EvalRecord) -> str:
     name, dataset = slug(record.name), slug(str(record.dataset.get("name", "")))
     start = name if name == dataset or name.startswith(f"{dataset}-") else f"{dataset}-{name}"
@@ -214,32 +199,17 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def _check_certificate(name: str, record: EvalRecord) -> None:
-    """The gap is that of objective and lower bound, and a bound is below its objective."""
-    primal, dual, gap = (fact(record, key, (int, float)) for key in ("objective", "lower_bound", "gap"))
-    if primal is None or dual is None:
-        return
-    expected = (primal - dual) / max(1e-12, primal)
-    if gap is None or expected < -1e-6 or abs(gap - expected) > 1e-6 + 1e-3 * abs(expected):
-        raise EntryError(
-            f"{name}: an objective of {primal:g} above a lower bound of {dual:g} has the relative gap {expected:.3g}; "
-            f"the record says {gap}. Evaluate the head again."
-        )
-
-
-def _check_fields(fields: dict[str, Any], path: str | os.PathLike[str]) -> None:
+def _check_fields(fields: dict[str, Any], where: str) -> None:
     missing = sorted(set(ROBUSTBENCH_FIELDS) - set(fields))
     unknown = sorted(set(fields) - set(ROBUSTBENCH_FIELDS) - {"external"})
     if missing or unknown:
         raise EntryError(
-            f"{os.fspath(path)}: an entry has RobustBench's fields and convex_head; missing {missing}, "
+            f"{where}: an entry has RobustBench's fields and convex_head; missing {missing}, "
             f"unknown {unknown[:5]}. See schema.json."
         )
     for name, value in fields.items():
         kind = ROBUSTBENCH_FIELDS.get(name, str)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise EntryError(f"{os.fspath(path)}: {name} must be {kind.__name__}, is {type(value).__name__}.")
+            raise EntryError(f"{where}: {name} must be {kind.__name__}, is {type(value).__name__}.")
         if isinstance(value, str) and len(value) > TEXT_LIMIT:
-            raise EntryError(
-                f"{os.fspath(path)}: {name} has {len(value)} characters; at most {TEXT_LIMIT} are allowed."
-            )
+            raise EntryError(f"{where}: {name} has {len(value)} characters; at most {TEXT_LIMIT} are allowed.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from convex_head.report.entries import Entry, fact, plain, ranked
+from convex_head.report.entries import Entry, ranked
 from convex_head.report.terminal import gap_text, short_attack
+from convex_head.report.values import fact, plain
 
 _HEADER = (
     "| # | model | backbone | training | head | clean % | robust % (95 %) | attacks | n | gap |\n"

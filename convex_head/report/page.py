@@ -15,9 +15,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from convex_head.report.entries import Entry, fact, ranked
+from convex_head.report.entries import Entry, ranked
 from convex_head.report.plots import curves, frontier
 from convex_head.report.rows import dataset_name, environment, read_template, row
+from convex_head.report.values import fact
 
 
 def render_page(entries: Iterable[Entry], *, title: str = "Robustness leaderboard", note: str = "") -> str:
@@ -65,19 +66,19 @@ def _board(group: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _filters(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Drop-down lists over the columns that have more than one value."""
+    """Drop-down lists over what entries are compared by; AutoAttack's only where it tells entries apart."""
     columns = {
-        "dataset": [dataset_name(entry) for entry in entries],
-        "norm": [entry.record.threat.norm for entry in entries],
-        "eps": [entry.record.threat.eps_text for entry in entries],
-        "training": [fact(entry.record, "training", str) or "" for entry in entries],
-        "head": [fact(entry.record, "head", str) or "" for entry in entries],
-        "autoattack": ["yes" if "autoattack" in entry.record.attacks else "no" for entry in entries],
+        ("dataset", "dataset"): [dataset_name(entry) for entry in entries],
+        ("norm", "norm"): [entry.record.threat.norm for entry in entries],
+        ("eps", "eps"): [entry.record.threat.eps_text for entry in entries],
+        ("training", "backbone training"): [fact(entry.record, "training", str) or "" for entry in entries],
+        ("head", "head"): [fact(entry.record, "head", str) or "" for entry in entries],
+        ("autoattack", "AutoAttack"): ["yes" if "autoattack" in entry.record.attacks else "no" for entry in entries],
     }
     return [
-        {"column": column, "values": list(dict.fromkeys(values))}
-        for column, values in columns.items()
-        if len(set(values)) > 1
+        {"column": column, "label": label, "values": list(dict.fromkeys(values))}
+        for (column, label), values in columns.items()
+        if column != "autoattack" or len(set(values)) > 1
     ]
 
 

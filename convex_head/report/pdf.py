@@ -10,7 +10,6 @@ import base64
 import io
 import os
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,12 @@ import numpy as np
 
 from convex_head.errors import InputError, MissingExtraError
 from convex_head.records import EvalRecord
-from convex_head.report.document import board, board_notes, numbered
-from convex_head.report.entries import Entry, plain
+from convex_head.report.document import board_notes, by_board, numbered
+from convex_head.report.entries import Entry
 from convex_head.report.plots import curves, frontier
 from convex_head.report.rows import row
+from convex_head.report.terminal import gap_text
+from convex_head.report.values import fact, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +34,7 @@ _ROWS, _WRAP = 34, 128
 _COLOURS = ("#0b62c4", "#b45309", "#15803d", "#5a6475", "#b42318", "#7c3aed")
 _DASHES = ("-", "--", ":")
 _KINDS = {"convex": _COLOURS[0], "linear": _COLOURS[1], "mlp": _COLOURS[2], "own": _COLOURS[3]}
-_COLUMNS = (("model", 0.0), ("threat", 0.5), ("n", 0.56), ("clean %", 0.64), ("robust %", 0.73), ("95 %", 0.84))
-_LAST = (("radius", 0.91), ("gap", 1.0))
+_COLUMNS = (("model", 0.0), ("clean %", 0.61), ("robust %", 0.71), ("95 %", 0.82), ("radius", 0.9), ("gap", 1.0))
 _COSTS = ("tried", "broken", "left", "forwards", "backwards", "seconds")
 
 
@@ -91,14 +91,16 @@ def _sheet(heading: str) -> tuple[Figure, float]:
 
 
 def _table_pages(entries: Sequence[Entry], title: str) -> Iterable[Figure]:
-    """All records, and below the last of them how to read the numbers."""
-    parts = [entries[k : k + _ROWS] for k in range(0, len(entries), _ROWS)]
-    for part in parts:
+    """All records under headings of their boards, and below the last of them how to read the numbers."""
+    lines: list[Entry | str] = []
+    for (dataset, threat), group in by_board(entries, lambda entry: entry.record).items():
+        lines += [f"{dataset}, {threat}", *group]
+    for start in range(0, len(lines), _ROWS):
         figure, y = _sheet(title)
         y = _header(figure, y)
-        for entry in part:
-            y = _table_row(figure, y, entry)
-        if part is parts[-1]:
+        for line in lines[start : start + _ROWS]:
+            y = _table_row(figure, y, line) if isinstance(line, Entry) else _board_row(figure, y, line)
+        if start + _ROWS >= len(lines):
             for note in board_notes([entry.record for entry in entries]):
                 y = _paragraph(figure, y, note)
                 if y < 0.05:
@@ -108,28 +110,31 @@ def _table_pages(entries: Sequence[Entry], title: str) -> Iterable[Figure]:
 
 
 def _header(figure: Figure, y: float) -> float:
-    for name, share in (*_COLUMNS, *_LAST):
+    for name, share in _COLUMNS:
         _cell(figure, share, y, name, first=name == "model", weight="bold")
     _rule(figure, y - 0.75 * _LINE)
     return y - 1.5 * _LINE
 
 
+def _board_row(figure: Figure, y: float, text: str) -> float:
+    _cell(figure, 0.0, y, plain(text, 100), first=True, weight="bold")
+    return y - 1.25 * _LINE
+
+
 def _table_row(figure: Figure, y: float, entry: Entry) -> float:
     record = entry.record
-    shown = row(entry, [])
+    radius = fact(record, "radius", (int, float))
     low, high = record.interval
     flagged = " (flagged)" if record.flags else ""
     texts = [
-        plain(record.name, 44) + flagged,
-        plain(f"{shown['dataset']}, {record.threat}", 26),
-        str(record.n),
+        plain(record.name, 60) + flagged,
         f"{100 * record.clean_accuracy:.1f}",
         f"{100 * record.robust_accuracy:.1f}",
         f"{100 * low:.1f}-{100 * high:.1f}",
-        "" if shown["radius"] is None else f"{shown['radius']:g}",
-        plain(shown["gap_text"], 20),
+        "" if radius is None else f"{radius:g}",
+        plain(gap_text(record), 20),
     ]
-    for k, ((_, share), text) in enumerate(zip((*_COLUMNS, *_LAST), texts, strict=True)):
+    for k, ((_, share), text) in enumerate(zip(_COLUMNS, texts, strict=True)):
         _cell(figure, share, y, text, first=k == 0)
     return y - 1.25 * _LINE
 
@@ -161,10 +166,9 @@ def _plot_pages(entries: Sequence[Entry]) -> Iterable[Figure]:
     drawn: list[tuple[str, Any, Any]] = [
         (f"Accuracy against eps: {plot['dataset']}, {plot['norm']}", _draw_curves, plot) for plot in curves(entries)
     ]
-    for (dataset, threat), group in groupby(entries, key=lambda entry: board(entry.record)):
-        listed = list(group)
-        if len(listed) > 1:
-            drawn.append((f"Clean against robust: {dataset}, {threat}", _draw_frontier, frontier(listed)))
+    for (dataset, threat), group in by_board(entries, lambda entry: entry.record).items():
+        if len(group) > 1:
+            drawn.append((f"Clean against robust: {dataset}, {threat}", _draw_frontier, frontier(group)))
     for start in range(0, len(drawn), 3):
         figure, _ = _sheet("Plots")
         for place, (heading, draw, plot) in enumerate(drawn[start : start + 3]):

@@ -15,7 +15,7 @@ import struct
 from typing import Any
 
 from convex_head.records import EvalRecord
-from convex_head.report.entries import plain
+from convex_head.report.values import plain
 
 MOST, LARGEST_SIDE, LONGEST_URI = 12, 256, 150_000
 _PREFIX = "data:image/png;base64,"

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from convex_head.report.entries import Entry, fact
+from convex_head.report.entries import Entry
+from convex_head.report.values import fact
 from convex_head.statistics import wilson_interval
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 52, 44, 12, 24

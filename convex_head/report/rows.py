@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from convex_head.records import EvalRecord
-from convex_head.report.entries import Entry, fact, is_finite, plain
+from convex_head.report.entries import Entry, is_bounded
 from convex_head.report.pictures import pictures, pictures_attack
 from convex_head.report.plots import curves
 from convex_head.report.terminal import gap_text, short_attack
+from convex_head.report.values import fact, is_finite, plain
 
 _TEMPLATES = files("convex_head.report") / "templates"
 _CERTIFICATE = ("status", "objective", "lower_bound", "gap", "radius", "reg", "neurons")
@@ -39,8 +41,13 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(percent=lambda value: f"{100 * value:.1f}", clip=plain)
+    made.filters.update(percent=lambda value: f"{100 * value:.1f}", clip=plain, breakable=_breakable)
     return made
+
+
+def _breakable(text: str, limit: int) -> Markup:
+    """Escaped text whose lines may end after an underscore."""
+    return escape(plain(text, limit)).replace("_", Markup("_<wbr>"))
 
 
 def row(entry: Entry, siblings: Iterable[Entry], *, place: int = 0, with_pictures: bool = True) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def row(entry: Entry, siblings: Iterable[Entry], *, place: int = 0, with_picture
         "attack_rows": _attack_rows(record),
         "classes": _classes(record),
         "certificate": _certificate(record),
-        "bounded": all(fact(record, key, (int, float)) is not None for key in ("objective", "lower_bound")),
+        "bounded": is_bounded(record),
         "facts": _facts(entry),
         "pictures": pictures(record) if with_pictures else [],
         "pictures_attack": pictures_attack(record),

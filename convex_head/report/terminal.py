@@ -10,7 +10,7 @@ from rich.text import Text
 
 from convex_head.console import percent, printable, table
 from convex_head.records import EvalRecord
-from convex_head.report.entries import fact
+from convex_head.report.values import fact
 from convex_head.statistics import Comparison, compare
 
 SIGNIFICANT = 0.05

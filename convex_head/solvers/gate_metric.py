@@ -70,6 +70,25 @@ def block_metric(part: Any, u: Tensor, mu: float, narrow: float, point: Centre) 
     return apply
 
 
+def shared_metric(
+    part: Any, u: Tensor, mu: float, point: Centre, spectrum: tuple[Tensor, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The same for gates that can flip, where nearly all vectors are in use: blocks that share their eigenvectors.
+
+    A block is c |u|^2 X'X / n + 2 reg I, with c the mean curvature of the loss where the gate is on or can flip.
+
+    Args:
+        part, u, mu, point: as for :func:`block_metric`.
+        spectrum: eigenvalues and eigenvectors of X'X / n.
+    """
+    pattern, function = part.groups[:, 0] % len(part.gates), part.groups[:, 1]
+    share = (part.on + part.flip).double().mean(0)[pattern]
+    curvature = part.loss_curvature(point.slopes, mu).double().mean(0)[function]
+    values, basis = spectrum
+    weights = 1 / ((share * curvature * u.square().sum(-1))[:, None] * values + 2 * part.reg)
+    return lambda gradient: ((gradient @ basis) * weights) @ basis.mT
+
+
 def _jacobian(u: Tensor) -> Tensor:
     """(A, d+1, d+1) of v = |u| u."""
     size = u.norm(dim=-1)[:, None, None]

@@ -105,9 +105,11 @@ class _Program:
         """B (n, K, F)."""
         p = self.problem
         signs = torch.zeros(p.n, p.num_margins, p.num_functions, dtype=torch.float64)
-        signs.scatter_(2, p._plus.cpu()[..., None], p._sign.cpu().double()[..., None])
-        if p._minus is not None:
-            signs.scatter_(2, p._minus.cpu()[..., None], -p._sign.cpu().double()[..., None])
+        if p.pairwise:
+            signs.scatter_(2, p.others.cpu()[..., None], -1)
+            signs[torch.arange(p.n), :, p.labels.cpu()] = 1
+        else:
+            signs.diagonal(dim1=1, dim2=2).copy_(p.sign.cpu().double())
         return signs.numpy()
 
     def _margin(self, k: int) -> cp.Expression:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from convex_head.problems.gates import Centre, GateEvaluation, GateNetwork
 from convex_head.solvers.base import Run, Solver
-from convex_head.solvers.gate_metric import block_metric
+from convex_head.solvers.gate_metric import block_metric, shared_metric
 from convex_head.solvers.lbfgs import Pair, minimise
 
 _FIRST_WIDTH, _SHRINK, _LAST_WIDTH = 1.0, 0.3, 0.03
@@ -40,13 +40,19 @@ _SHRINK_NORMS, _LEAST_WIDTH = 0.4, 1e-12
 _BATCH_WIDTH, _LEARNING_RATE = 0.1, 5e-3
 # A stage ends once this share of the gap is left to the smoothed problem itself.
 _SHARE = 0.3
-_EVALUATIONS, _STALLED_STAGES, _MEMORY = 100, 10, 50
+_EVALUATIONS, _STALLED_STAGES, _MEMORY = 50, 25, 50
+# A stage's bound is that at the mean of so many last points, if it is better.
+_MEAN = 25
 # The working set is solved to this share of the gap of the whole problem, and grows by this share, or this many.
 _INNER, _GROWTH, _NEW = 0.5, 1.0, 32
 _MU_GAP, _NARROW_GAP = 3.0, 0.3
 _DEAD = 1e-5
 _FIRST_SLACK, _SLACK_GROWTH, _LAST_SLACK = 10.0, 10.0, 1e6
 _SAMPLE_GAP, _SAMPLE_TIME = 0.1, 0.2
+# From this tolerance on stages run in single precision; bounds and objectives that count never do.
+_SINGLE = 5e-3
+# The working set is solved with a little less reg: at most this share less, and at most this share of tol in the gap.
+_EASE, _EASE_COST = 0.1, 0.3
 
 
 class GroupDescent(Solver):
@@ -101,8 +107,8 @@ class GroupDescent(Solver):
                 if state.run.finished():
                     break
                 steps += 1
-                part = state.part.rows(rows.to(u.device))
-                vectors = u.norm(dim=-1, keepdim=True) * u
+                part = state.quick.rows(rows.to(u.device))
+                vectors = _squared(u)
                 found, _ = part.evaluate(vectors, _BATCH_WIDTH, _BATCH_WIDTH, part.centre())
                 gradient = _through_root(u, found.gradient) + 2 * reg * u
                 first = 0.9 * first + 0.1 * gradient
@@ -110,7 +116,7 @@ class GroupDescent(Solver):
                 scale = (second / (1 - 0.99**steps)).sqrt() + 1e-8
                 u -= _LEARNING_RATE / (1 - 0.9**steps) * first / scale
         before = state.primal
-        state.look(u.norm(dim=-1, keepdim=True) * u)
+        state.look(_squared(u), exactly=True)
         if state.primal < before:
             state.u = u
 
@@ -124,31 +130,39 @@ class _WorkingSet:
         self.mu, self.narrow = _FIRST_WIDTH, _FIRST_WIDTH
         self.slopes = problem.centre().slopes
         self.evaluations = self.lost = self.checks = 0
-        moment = problem.x.double().mT @ problem.x.double() / problem.n
-        eye = torch.eye(problem.d + 1, dtype=torch.float64, device=moment.device)
-        self.moment = torch.linalg.inv(moment + 0.1 * eye)
+        x = problem.x.double()
+        self.spectrum = torch.linalg.eigh(x.mT @ x / problem.n)
         alive = start.vectors.norm(dim=-1) > 0
         alive[:: len(problem.gates)] = True  # the gate that is always on
         alive |= problem.flip is not None  # there the check outside is crude, and few vectors are zero
         self.groups = alive.nonzero()
         vectors = start.vectors[self.groups[:, 0], self.groups[:, 1]]
-        self.part = problem.restricted(self.groups)
+        self.restrict()
         self.shares = self.part.centre().shares
         self.solved, self.inner = False, 0.0
+        self.point = vectors
         self.pairs: deque[Pair] = deque(maxlen=_MEMORY)
-        self.last = self.look(vectors)
+        self.look(vectors, exactly=True)
         unit = 0.1 * _unit(-self.last.gradient)
         self.u = torch.where(vectors.norm(dim=-1, keepdim=True) > 0, _root(vectors), unit)
 
-    def look(self, vectors: Tensor) -> GateEvaluation:
+    def look(self, vectors: Tensor, *, exactly: bool = False) -> GateEvaluation:
+        part = self.part if exactly else self.quick
         found: GateEvaluation
-        found, self.next = self.part.evaluate(vectors, self.mu, self.narrow, Centre(self.slopes, self.shares))
+        found, self.next = part.evaluate(vectors, self.mu, self.narrow, Centre(self.slopes, self.shares))
         self.evaluations += 1
-        self.inner = max(self.inner, found.dual)
-        if found.primal < self.primal:
-            self.primal, self.best = found.primal, self._full(vectors)
+        if part.dtype == torch.float64:
+            self.inner = max(self.inner, found.dual)
+            if found.primal < self.primal:
+                self.primal, self.best = found.primal, self._full(vectors)
         self.last = found
         return found
+
+    def restrict(self) -> None:
+        """The problem on the working set, in both precisions."""
+        self.part = self.problem.restricted(self.groups)
+        single = self.run.tol >= _SINGLE and self.hard is None
+        self.quick = self.part.cast(torch.float32) if single else self.part
 
     def _full(self, vectors: Tensor) -> Tensor:
         full = torch.zeros_like(self.best)
@@ -171,7 +185,7 @@ class _WorkingSet:
             return
         self.problem.slack *= _SLACK_GROWTH
         self.run.stalled = self.problem.slack > _LAST_SLACK
-        self.part = self.problem.restricted(self.groups)
+        self.restrict()
         self.shares = self.shares / _SLACK_GROWTH
         self.primal = self.problem.objective(GateNetwork(self.problem.gates, self.best))
         self.pairs.clear()
@@ -199,19 +213,27 @@ class _WorkingSet:
             self.advance()
 
     def descend(self) -> None:
-        reg = self.problem.reg
-        self.look(self.u.norm(dim=-1, keepdim=True) * self.u)
-        metric = self._metric()
+        """One stage, and what its points are worth.
+
+        The moments of single points overshoot from step to step, and the longest of them scales the bound. At the mean
+        of the last points most of that cancels; the best bound of a stage is often many times closer there.
+        """
+        recent: deque[Tensor] = deque(maxlen=_MEAN)
+        self.look(_squared(self.u))
+        metric, easier = self._metric(), self._easier()
+        less = self.problem.reg - easier
 
         def objective(u: Tensor) -> tuple[float, Tensor]:
-            found = self.look(u.norm(dim=-1, keepdim=True) * u)
-            return found.smooth, _through_root(u, found.gradient) + 2 * reg * u
+            recent.append(_squared(u))
+            found = self.look(recent[-1])
+            return found.smooth - less * float(u.square().sum()), _through_root(u, found.gradient) + 2 * easier * u
 
         def done(u: Tensor, gradient: Tensor) -> bool:
             found = self.last
-            left = min(found.primal, self.primal) - found.dual
-            self.solved = found.smooth - found.dual <= _SHARE * left
-            return self.solved or self.primal - self.inner <= _INNER * self.run.tol * self.primal
+            primal, inner = min(found.primal, self.primal), max(self.inner, found.dual)
+            smooth = found.smooth - less * float(u.square().sum())
+            self.solved = smooth - found.dual <= _SHARE * (primal - found.dual)
+            return self.solved or primal - inner <= _INNER * self.run.tol * primal
 
         self.u = minimise(
             objective,
@@ -222,11 +244,26 @@ class _WorkingSet:
             metric=metric,
             pairs=self.pairs,
         )[0]
+        ends = [_squared(self.u), torch.stack([*recent, _squared(self.u)]).mean(0)]
+        bounds = [self.look(end, exactly=True).dual for end in ends]
+        self.point = ends[bounds.index(max(bounds))]
+        if self.point is ends[0]:
+            self.look(self.point, exactly=True)
+        norm = float(self.point.norm(dim=-1).sum())
+        left = self.primal - self.last.dual
+        self.solved = self.solved or self.last.smooth - less * norm - self.last.dual <= _SHARE * left
+
+    def _easier(self) -> float:
+        """A smaller reg: moments may then be longer than intended and yet within reg, for a known part of the gap."""
+        if self.hard is not None:
+            return float(self.problem.reg)
+        norm = self.problem.reg * float(self.u.square().sum())
+        return self.problem.reg * (1 - min(_EASE, _EASE_COST * self.run.tol * self.primal / max(norm, 1e-300)))
 
     def _metric(self) -> Callable[[Tensor], Tensor]:
         if self.problem.flip is None:
             return block_metric(self.part, self.u, self.mu, self.narrow, self.next)
-        return lambda gradient: gradient @ self.moment
+        return shared_metric(self.part, self.u, self.mu, self.next, self.spectrum)
 
     def advance(self) -> None:
         """Centre the smoothing on the last maximisers, and shrink its widths."""
@@ -248,8 +285,9 @@ class _WorkingSet:
     def look_outside(self) -> None:
         """Bound of the whole problem, and the vectors that it asks for."""
         problem, reg = self.problem, self.problem.reg
-        vectors = self.u.norm(dim=-1, keepdim=True) * self.u
-        self.look(vectors)  # slopes, shares and gradient of this very point: a bound needs them of one piece
+        vectors = self.point
+        # Slopes, shares and gradient of this very point: a bound needs them of one piece.
+        self.look(vectors, exactly=True)
         centre = Centre(self.slopes, None)
         found, _ = problem.evaluate(self._full(vectors), self.mu, self.narrow, centre, loss_only=True)
         sizes, moments = problem.support(-found.gradient.flatten(0, 1), reg)
@@ -272,7 +310,7 @@ class _WorkingSet:
         start = 0.03 * size.max().clamp_min(1e-2) * _unit(moments[new[:, 0], new[:, 1]])
         self.groups = torch.cat([self.groups[keep], new])
         self.u = torch.cat([self.u[keep], start])
-        self.part = problem.restricted(self.groups)
+        self.restrict()
         self.pairs.clear()
         gap = (self.primal - self.dual) / max(1e-12, self.primal)
         self.mu = max(self.mu, min(_FIRST_WIDTH, _MU_GAP * gap))
@@ -292,6 +330,11 @@ def _through_root(u: Tensor, gradient: Tensor) -> Tensor:
     """Gradient with respect to u of a function of v = |u| u, from that with respect to v."""
     size = u.norm(dim=-1, keepdim=True)
     return size * gradient + (u * gradient).sum(-1, keepdim=True) / size.clamp_min(1e-300) * u
+
+
+def _squared(u: Tensor) -> Tensor:
+    """v = |u| u."""
+    return u.norm(dim=-1, keepdim=True) * u
 
 
 def _unit(v: Tensor) -> Tensor:

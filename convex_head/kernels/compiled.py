@@ -1,0 +1,106 @@
+"""What compiled functions share: the decorators, and the tuples of arrays that they work on.
+
+Compiled code is kept on disk, in a folder named by a digest of all files here, because numba itself looks only at the
+file of a function to tell whether its code is out of date. Where no folder can be written, every process compiles anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Its types leave out options of the decorator and the configuration that are used here.
+numba: Any = importlib.import_module("numba")
+_FOLDER = Path("~/.cache/convex_head/kernels")
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _inner(fastmath: set[str]) -> Decorator:
+    """For functions that compiled code calls: nothing to call them from Python, which takes long to compile."""
+    return numba.njit(
+        nogil=True, fastmath=fastmath, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )
+
+
+inner = _inner({"contract"})
+# For sums over lanes alone: where a small number is added to a large one, the order of the terms matters.
+inner_sums = _inner({"contract", "reassoc", "nsz"})
+
+
+def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions that Python calls; their code is kept on disk."""
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy", "no_cfunc_wrapper": True}
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str((Path(before) if before else _FOLDER).expanduser() / _digest())
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except (RuntimeError, OSError):
+        return numba.njit(**options)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _digest() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+class Setting(NamedTuple):
+    """Numbers of one evaluation, in the bulk dtype but for the last three."""
+
+    radius: Any
+    blur: Any
+    threshold: Any  # margins from here on need nothing
+    window: Any  # nor do those so far above the smallest of their row
+    mu: Any
+    share: Any
+    zero: Any
+    one: Any
+    half: Any
+    tiny: Any
+    tol: Any
+    hard: Any
+    joint: bool
+    features: int
+    examples: int
+
+
+class Compact(NamedTuple):
+    """The N neurons of a network in a row, function by function, and the factors of its T forms."""
+
+    offsets: np.ndarray  # (F + 1,) first neuron of every function
+    twice: np.ndarray  # (N,) 2 a beta
+    linear: np.ndarray  # (N,) b beta nu
+    base: np.ndarray  # (F,) c sum beta nu^2
+    root: np.ndarray  # (F, M, M) transpose of a factor of V V'
+    plus: np.ndarray  # (T,) functions of every form
+    minus: np.ndarray  # (T,) or -1
+    rank: np.ndarray  # (T,)
+    eigenvalues: np.ndarray  # (T, M)
+    lift: np.ndarray  # (T, M, M) P
+    project: np.ndarray  # (T, M, M) P'
+    curvature: np.ndarray  # (2, T) smallest eigenvalue of a form and of its negative, at most 0
+
+
+class Tables(NamedTuple):
+    """Form, sign (1: negative) and rival or function of every (column, label); whether margins are differences."""
+
+    form: np.ndarray
+    negative: np.ndarray
+    rival: np.ndarray
+    pairwise: bool
+
+
+class Sums(NamedTuple):
+    """What a part of a chunk adds up, float64."""
+
+    losses: np.ndarray  # (2,) smoothed, hard
+    in_basis: np.ndarray  # (T, M, M) sums of ehat coefficient'
+    projections: np.ndarray  # (N,) sums of weight times projection at the worst point
+    weights: np.ndarray  # (N,) sums of weights

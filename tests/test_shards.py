@@ -93,8 +93,6 @@ def test_torchrun_fits_a_head_from_a_file(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", y)
     out, common = tmp_path / "head.safetensors", ["--labels", str(tmp_path / "y.npy"), "--reg", "0.02", "--json"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    # The launcher ends the other process when it looks; until then that one says what it has met.
-    launcher.append("--monitor-interval=3")
     command = ["-m", "convex_head", "fit", str(tmp_path / "x.npy"), "--stream", "--out", str(out), *common]
     done = subprocess.run(
         [*launcher, *command], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}

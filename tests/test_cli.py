@@ -294,7 +294,11 @@ def test_bench_refuses_unknown_training(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_bench_interrupted_keeps_what_is_done(tmp_path):
     command = [sys.executable, "-m", "convex_head", "bench", "--quick", "--out", str(tmp_path), "--jobs", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore SIGINT, and what they start does too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stderr is not None
     lines = []
     while not any("done train standard" in line for line in lines):

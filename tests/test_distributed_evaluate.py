@@ -43,6 +43,8 @@ ATTACKS = ["--attack", "apgd-ce", "--attack", "square"]
 
 def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    # The launcher ends the other process when it looks; until then that one says what it has met.
+    launcher.append("--monitor-interval=3")
     command = [*launcher, "-m", "convex_head", "evaluate", *arguments, *COMMON, *ATTACKS]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     return subprocess.run(command, capture_output=True, text=True, timeout=180, env=settings, cwd=folder)

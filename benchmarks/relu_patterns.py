@@ -1,6 +1,6 @@
 """ReLU, gated ReLU and polynomial heads: what do patterns, slack and more data buy?
 
-    python -m benchmarks.relu_patterns                    about 40 CPU minutes
+    python -m benchmarks.relu_patterns                    about 35 CPU minutes
     python -m benchmarks.relu_patterns --only patterns    a part: patterns, slack, or a number of examples
     python -m benchmarks.relu_patterns --report           table and figure of what is finished
     python -m benchmarks.relu_patterns --quick            less than a minute
@@ -222,13 +222,14 @@ def breast_cancer_records(plan: Plan, keeper: Keeper, only: str) -> Iterator[Rec
 
 def data_records(plan: Plan, keeper: Keeper, n: int, limit: float, splits: int) -> Iterator[Record | None]:
     """Of one size in the part data: the fits that choose reg, then the head."""
+    limits = {size: seconds for size, seconds, _ in plan.sizes}
     for seed in range(splits):
         for kind in ("polynomial", "relu", "relu, slack 0.1", "gated, cover"):
             patterns = None if kind == "polynomial" else plan.data_patterns
             shared: dict[str, Any] = {"radius": plan.radius, "patterns": patterns}
             at, by = (n, seed) if n < _CHOSEN_ONCE else (_CHOSEN_ONCE, 0)
-            fits = [Fit("data", kind, at, by, reg, seconds=limit / 4, validates=True, **shared) for reg in plan.regs]
-            tried = [keeper(fit) for fit in fits]
+            choice = dict(shared, seconds=limits[at] / 4, validates=True)
+            tried = [keeper(Fit("data", kind, at, by, reg, **choice)) for reg in plan.regs]
             if at == n and by == seed:
                 yield from tried
             scored = [(row["certified"], row["reg"]) for row in tried if row is not None and "certified" in row]

@@ -90,13 +90,14 @@ def _scaled(row: Record, key: str) -> float:
 
 
 def written(rows: list[Record]) -> list[Record]:
-    """The table's rows: "mean ± standard deviation" as text."""
+    """The table's rows: "mean ± standard deviation" as text, the mean alone of one fit."""
     out = []
     for row in rows:
         texts: Record = {key: row.get(key) for key in (*_KEYS, "regs", "fits", "status")}
         for key in ("clean", "attacked", "certified", "gap", "cpu_seconds"):
             if key in row:
-                texts[key] = f"{_scaled(row, key):.1f} ± {_scaled(row, f'{key}_sd'):.1f}"
+                spread = f" ± {_scaled(row, f'{key}_sd'):.1f}" if row["fits"] > 1 else ""
+                texts[key] = f"{_scaled(row, key):.1f}{spread}"
         for key in ("violation_max", "model_minus_network"):
             if row.get(key) is not None:
                 texts[key] = f"{row[key]:.2g}"

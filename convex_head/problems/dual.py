@@ -36,7 +36,8 @@ class DualReport:
         primal: hard objective at the best scaling of the output weights (margins are linear in it).
         scale: that scaling.
         smoothing: mean of loss - <s, 1 - w>, the share of the gap that a narrower smoothing would close.
-        rows: the worst cases behind the point, for problems/repair.py; None where they are too many to hold.
+        rows: the worst cases behind the point, for problems/repair.py; None where they are
+            too many to hold or of no use.
     """
 
     point: DualPoint

@@ -23,8 +23,8 @@ class DualRows:
     Attributes:
         points: (N, d) worst-case points.
         example: (N,) which of the examples held here.
-        functions: (N, 1 or 2) the functions of the margin, f_p or f_p - f_q.
-        sign: (N,) sign of the margin in front of these.
+        functions: (N, 2) p and q of the form f_p - f_q.
+        sign: (N,) of the form in the margin.
         slope: (N,) s_i / n.
         free: (N,) S leaves the slope room to move.
     """
@@ -47,7 +47,7 @@ class RowCollector:
     def add(
         self, points: Tensor, example: Tensor, functions: list[int], sign: float, slope: Tensor, free: Tensor
     ) -> None:
-        """Rows of one margin form, f_p or f_p - f_q."""
+        """Rows of one margin form f_p - f_q."""
         self._numbers += points.numel() * len(functions)
         if self._numbers > _LIMIT:
             self._parts = []
@@ -66,7 +66,6 @@ class RowLayout:
     """Rows sorted by function and padded: (F, L, ...)."""
 
     def __init__(self, rows: DualRows, functions: int):
-        ends = rows.functions.shape[1]
         function = rows.functions.T.reshape(-1)
         count, device = len(rows.slope), rows.slope.device
         order = torch.argsort(function, stable=True)
@@ -76,7 +75,7 @@ class RowLayout:
         first = (counts.cumsum(0) - counts).unsqueeze(1)
         place = order[(first + torch.where(mask, offset, 0)).clamp_max(max(0, len(order) - 1))]
         self.row = place % count
-        sign = torch.cat([rows.sign, -rows.sign][:ends])
+        sign = torch.cat([rows.sign, -rows.sign])
         self.sign = sign[place] * mask
         self.points = rows.points[self.row]
         self.count = count

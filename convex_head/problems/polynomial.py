@@ -39,6 +39,7 @@ from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracl
 from convex_head.problems.dual_rows import DualRows, RowCollector
 from convex_head.problems.fused import FusedPass
 from convex_head.problems.losses import get_loss
+from convex_head.problems.moments import MomentSums
 from convex_head.problems.preconditioner import preconditioner
 from convex_head.problems.repair import repaired
 from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale, losses_at_scales, objectives
@@ -246,34 +247,43 @@ class PolynomialProblem:
     def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
         """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
         spectra = self._scan.spectra(packed)
-        point, limit, collector = self._zero_dual(), _EXACT, RowCollector()
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums = self._moments()
+        # Functions that no margin couples have good bounds without a repair.
+        collector = RowCollector() if self._scan.pairwise else None
+        bound = torch.zeros(2, dtype=torch.float64, device=self._device)
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
-        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, limit, blur, self._loss.window(mu)):
+        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, _EXACT, blur, self._loss.window(mu)):
             _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
-            sums[0] += (slopes * (1 - margins)).double().sum()
-            sums[1] += self._hard(margins).double().sum()
+            bound[0] += (slopes * (1 - margins)).double().sum()
+            bound[1] += self._hard(margins).double().sum()
             if blur == 0:
                 at_scales += losses_at_scales(margins, self._hard)
             free = self._loss.free(slopes, self.num_classes)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
-                self._add_step(point, chunk, step, weights, free, collector)
+                self._add_step(sums, chunk, step, weights, free, collector)
                 if step.spread is not None:
-                    sums[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
+                    bound[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
-            for _, _, margins, _ in self._scan.passes(spectra, self.radius, limit, window=self._loss.window(0.0)):
+            for _, _, margins, _ in self._scan.passes(spectra, self.radius, _EXACT, window=self._loss.window(0.0)):
                 at_scales += losses_at_scales(margins, self._hard)
-        self.shard.sum(sums, at_scales, point.mass, point.moments)
+        self.shard.sum(bound, at_scales, sums.point.mass, sums.point.moments)
         penalty = self.reg * float(packed.vectors.double().square().sum())
         scale, primal = best_scale(objectives(at_scales, self.n, penalty))
-        linear, hard = sums.tolist()
-        return DualReport(point, primal, scale, (hard - linear) / self.n, collector.rows(self.shard))
+        linear, hard = bound.tolist()
+        rows = None if collector is None else collector.rows(self.shard)
+        return DualReport(sums.point, primal, scale, (hard - linear) / self.n, rows)
 
     def _add_step(
-        self, point: DualPoint, chunk: Chunk, step: Step, weights: Tensor, free: Tensor, collector: RowCollector
+        self,
+        sums: MomentSums,
+        chunk: Chunk,
+        step: Step,
+        weights: Tensor,
+        free: Tensor,
+        collector: RowCollector | None,
     ) -> None:
-        """Add the moments of one group's worst cases, weighted (G, B), to a dual point, and the cases themselves."""
+        """Add one group's worst cases, weighted (G, B), to a dual point, and where it is kept each of them."""
         group = step.group_pass.group
         bases = step.group_pass.basis()
         for g, form in enumerate(group.forms.tolist()):
@@ -283,19 +293,14 @@ class PolynomialProblem:
             basis, sign, weight = bases[g], float(group.signs[g]), weights[g, active]
             rows = group.rows[g, active]
             worst = chunk.x[rows] + step.ehat[g, active] @ basis.mT
-            self._add_moments(point, form, sign, weight, worst)
-            ends = [int(end[form]) for end in self._scan.forms.ends()]
-            room = free[rows, group.columns[g].expand_as(rows)]
-            collector.add(worst, rows + chunk.rows.start, ends, sign, weight, room)
+            sums.add(form, sign, weight, worst)
+            if collector is not None:
+                ends = [int(end[form]) for end in self._scan.forms.ends()]
+                room = free[rows, group.columns[g].expand_as(rows)]
+                collector.add(worst, rows + chunk.rows.start, ends, sign, weight, room)
             if step.spread is not None:
                 spread = (basis * (weight @ step.spread[g, active])) @ basis.mT
-                self._add_curvature(point, form, sign, spread.double())
-
-    def _add_curvature(self, point: DualPoint, form: int, sign: float, second: Tensor) -> None:
-        d, forms = self.d, self._scan.forms
-        point.moments[int(forms.plus[form]), :d, :d] += sign * self.coefficients[0] * second
-        if forms.minus is not None:
-            point.moments[int(forms.minus[form]), :d, :d] -= sign * self.coefficients[0] * second
+                sums.add_spread(form, sign, spread.double())
 
     def fit_scale(self, network: Network, mu: float) -> Network:
         """The network with its output weights scaled to the minimum of the smoothed objective."""
@@ -339,24 +344,9 @@ class PolynomialProblem:
         functions = torch.arange(self.num_functions, device=self._device)
         return Network(directions, torch.ones_like(directions[:, 0]), functions)
 
-    def _zero_dual(self) -> DualPoint:
-        device, size = self._device, self.d + 1
-        mass = torch.zeros(1 if self._scan.pairwise else self.num_functions, dtype=torch.float64, device=device)
-        return DualPoint(mass, torch.zeros(self.num_functions, size, size, dtype=torch.float64, device=device))
-
-    def _add_moments(self, point: DualPoint, form: int, sign: float, weights: Tensor, x: Tensor) -> None:
-        a, b, c = self.coefficients
-        d = self.d
-        total = float(weights.double().sum())
-        moment = torch.empty(d + 1, d + 1, dtype=torch.float64, device=x.device)
-        moment[:d, :d] = a * (x.mT @ (weights.unsqueeze(1) * x)).double()
-        moment[:d, d] = moment[d, :d] = 0.5 * b * (weights @ x).double()
-        moment[d, d] = c * total
-        plus = int(self._scan.forms.plus[form])
-        point.moments[plus] += sign * moment
-        if self._scan.forms.minus is not None:
-            point.moments[int(self._scan.forms.minus[form])] -= sign * moment
-        point.mass[0 if self._scan.pairwise else plus] += total
+    def _moments(self) -> MomentSums:
+        settings: dict[str, Any] = {"num_functions": self.num_functions, "coefficients": self.coefficients}
+        return MomentSums(self._scan.forms, pairwise=self._scan.pairwise, d=self.d, **settings)
 
     def oracle(self, point: DualPoint) -> OracleAnswer:
         """Best neuron of every function and sign, and the rigorous lower bound that it proves."""
@@ -386,7 +376,7 @@ class PolynomialProblem:
         step = points.double() - features.unsqueeze(1)
         norm = step.norm(dim=-1, keepdim=True)
         inside = features.unsqueeze(1) + step * (self.radius / norm.clamp_min(max(self.radius, 1e-300)))
-        point = self._zero_dual()
+        sums = self._moments()
         order = self._rows.order
         inside, weights = inside[order], weights[order]
         whole = Chunk(slice(0, self.n), inside[:, 0], self._rows.labels)
@@ -394,8 +384,8 @@ class PolynomialProblem:
             for g, form in enumerate(group.forms.tolist()):
                 rows = group.rows[g, group.real()[g]]
                 column = int(group.columns[g, 0])
-                self._add_moments(point, form, float(group.signs[g]), weights[rows, column], inside[rows, column])
-        return self.oracle(point).dual
+                sums.add(form, float(group.signs[g]), weights[rows, column], inside[rows, column])
+        return self.oracle(sums.point).dual
 
     def _clip(self, weights: Tensor) -> Tensor:
         cap = self._loss.share(self.num_classes) / self.n

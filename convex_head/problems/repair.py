@@ -7,14 +7,15 @@ network. Worst-case points may stay as they are: the bound holds for any slopes 
 
     r_u(s) = 2 reg u - sigma sum_i s_i sign_i [(2a u'x_i + b) x_i + (b u'x_i + 2c) u] = 0,
 
-over the points x_i of margins that contain f_c; half of u'r_u is reg minus the value of u in the dual constraint. It
-is linear in s, and
+over the points x_i of margins f_p - f_q that contain f_c; half of u'r_u is reg minus the value of u in the dual
+constraint. It is linear in s, and
 
     minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes that S leaves free
 
 is solved by conjugate gradients in products with the points alone: no worst case is solved. The slopes are then put
 back into S and the exact oracle bounds what they prove. The neurons u are those of the network and the oracle's best;
-a further round takes the worst neurons that the round before has left.
+a further round takes the worst neurons that the round before has left. Margins of one function alone are not repaired:
+their bounds are good as they are, and a repair costs more than it saves.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def repaired(
         residual = 2 * reg * signs.abs().unsqueeze(-1) * neurons - system.apply(slope)
         slope = slope + _least_squares(system, residual, rows.free, shard)
         slope = _into_set(slope, rows, loss, num_classes, n)
-        found = oracle(_dual_point(layout, slope, loss, num_classes, coefficients, shard), reg)
+        found = oracle(_dual_point(layout, slope, coefficients, shard), reg)
         idle = idle + 1 if found.dual < best.dual + _GAIN * (aim - best.dual) else 0
         best = max(best, found, key=lambda answer: answer.dual)
         if best.dual >= aim or idle == 2:
@@ -171,14 +172,7 @@ def _into_set(slope: Tensor, rows: DualRows, loss: MarginLoss, num_classes: int,
     return slope * (cap / total.clamp_min(cap))[rows.example]
 
 
-def _dual_point(
-    layout: RowLayout,
-    slope: Tensor,
-    loss: MarginLoss,
-    num_classes: int,
-    coefficients: tuple[float, float, float],
-    shard: Whole,
-) -> DualPoint:
+def _dual_point(layout: RowLayout, slope: Tensor, coefficients: tuple[float, float, float], shard: Whole) -> DualPoint:
     """Mass and moments of slopes on the points of a layout."""
     a, b, c = coefficients
     weight, x = layout.spread(slope), layout.points
@@ -187,7 +181,6 @@ def _dual_point(
     moments[:, :d, :d] = a * (x.mT @ (weight.unsqueeze(-1) * x)).double()
     moments[:, :d, d] = moments[:, d, :d] = 0.5 * b * (weight.unsqueeze(1) @ x).squeeze(1).double()
     moments[:, d, d] = c * weight.double().sum(1)
-    coupled = loss.pairwise and num_classes > 2
-    mass = slope.double().sum().view(1) if coupled else (weight * layout.sign).double().sum(1)
+    mass = slope.double().sum().view(1)
     shard.sum(mass, moments)
     return DualPoint(mass, moments)

@@ -40,7 +40,6 @@ _ALL_NEURONS = 96
 _MANY = 96
 _WARM_WIDTHS = 6
 _SHRINK = 0.3
-_TIGHTEN = 0.5
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
 _ZERO = 1e-12
@@ -50,7 +49,8 @@ _DEAD = 1e-8
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
-_FIRST_ACCURACY = 0.1
+# Accuracy of the first inner minimisations: this many times tol, within these.
+_FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 3.0, 0.03, 0.1
 _SMOOTHING_SHARE = 0.6
 # A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
 _REPAIR_SHARE = 3.0
@@ -86,7 +86,7 @@ class ColumnGeneration(Solver):
         run.extra["evaluations"] = 0
         self._memory = CurvatureMemory()
         saved = run.resume(problem.device)
-        accuracy = _FIRST_ACCURACY
+        accuracy = min(_MOST_FIRST, max(_LEAST_FIRST, _FIRST_ACCURACY * run.tol))
         if saved is not None:
             network, numbers, tensors = saved
             mu, accuracy = numbers["mu"], numbers["accuracy"]
@@ -132,7 +132,7 @@ class ColumnGeneration(Solver):
                 mu *= _SHRINK
             elif converged:
                 violation = float(answer.bounds.amax()) / problem.reg - 1
-                accuracy = min(accuracy, max(_TIGHTEN * accuracy, _INNER_SHARE * violation))
+                accuracy = min(accuracy, max(_SHRINK * accuracy, _INNER_SHARE * violation))
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy), self._width(problem))
             run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)

@@ -40,6 +40,7 @@ _ALL_NEURONS = 96
 _MANY = 96
 _WARM_WIDTHS = 6
 _SHRINK = 0.3
+_TIGHTEN = 0.5
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
 _ZERO = 1e-12
@@ -51,7 +52,9 @@ _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
 # Accuracy of the first inner minimisations: this many times tol, within these.
 _FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 3.0, 0.03, 0.1
+# Smoothing may keep this share of tol open; where it keeps more, its width is set for the second share at most.
 _SMOOTHING_SHARE = 0.6
+_SMOOTHING_AIM = 0.5
 # A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
 _REPAIR_SHARE = 3.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
@@ -129,10 +132,10 @@ class ColumnGeneration(Solver):
             if run.finished():
                 break
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
-                mu *= _SHRINK
+                mu *= max(_SHRINK, _SMOOTHING_AIM * run.tol * report.primal / report.smoothing)
             elif converged:
                 violation = float(answer.bounds.amax()) / problem.reg - 1
-                accuracy = min(accuracy, max(_SHRINK * accuracy, _INNER_SHARE * violation))
+                accuracy = min(accuracy, max(_TIGHTEN * accuracy, _INNER_SHARE * violation))
             if converged:
                 network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy), self._width(problem))
             run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)

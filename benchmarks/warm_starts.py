@@ -1,6 +1,6 @@
 """What a path of ten heads over the radius or the regularisation costs, in units of one fit from scratch.
 
-    python -m benchmarks.warm_starts            digits, and synthetic features of width 512; an hour of one core
+    python -m benchmarks.warm_starts            digits, and synthetic features of width 512; 40 minutes of one core
     python -m benchmarks.warm_starts --quick    seconds
 
 Every head of a path starts from the network of the head before it, as robustify follows a path; the first starts from

@@ -44,8 +44,8 @@ _TIGHTEN = 0.5
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
 _ZERO = 1e-12
-_NEAR = 5
-_FAR = 0.1
+_NEAR, _FAR = 0.05, 0.15
+_CLOSE = 0.9
 _DEAD = 1e-8
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
@@ -132,7 +132,7 @@ class ColumnGeneration(Solver):
             if run.finished():
                 break
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
-                mu *= max(_SHRINK, _SMOOTHING_AIM * run.tol * report.primal / report.smoothing)
+                mu *= self._narrowing(report, run)
             elif converged:
                 violation = float(answer.bounds.amax()) / problem.reg - 1
                 accuracy = min(accuracy, max(_TIGHTEN * accuracy, _INNER_SHARE * violation))
@@ -144,24 +144,40 @@ class ColumnGeneration(Solver):
     def _resume_from(self, problem: Any, start: Network, run: Run) -> tuple[Network, float]:
         """The start, scaled, and the width to go on with; a start that is good enough ends the solve here.
 
-        That width is the one that proves most where the start is nearly optimal, else the first at which smoothing is
-        no longer what keeps the gap open.
+        That width is the one that proves most where the start is nearly optimal, else one wider than the first at
+        which smoothing is no longer what keeps the gap open.
         """
-        tried: list[tuple[float, Network, float]] = []
-        fitting = None
-        for k in range(_WARM_WIDTHS):
-            mu = _FIRST_WIDTH * _SHRINK**k
+        tried: dict[float, tuple[float, Network]] = {}
+
+        def proves(mu: float) -> DualReport:
             network = problem.fit_scale(start, mu)
             report, answer = self._measure(problem, network, mu, run)
-            tried.append((answer.dual, network, mu))
-            if run.finished():
+            tried[mu] = answer.dual, network
+            return report
+
+        mu = wider = _FIRST_WIDTH
+        for _ in range(_WARM_WIDTHS):
+            report = proves(mu)
+            if run.finished() or report.smoothing <= _SMOOTHING_SHARE * run.tol * report.primal:
                 break
-            if fitting is None and report.smoothing <= _SMOOTHING_SHARE * run.tol * report.primal:
-                fitting = tried[-2 if k else -1][1:]
-                if run.gap > _FAR:
-                    break
-        _, network, mu = max(tried, key=lambda found: found[0])
-        return (network, mu) if run.gap <= _NEAR * run.tol or fitting is None else fitting
+            wider, mu = mu, mu * self._narrowing(report, run)
+        # Of an optimal network the bound is sharp only about the width that it was optimal for.
+        factor = _SHRINK**0.5
+        while not run.finished() and run.gap <= _FAR and factor < _CLOSE:
+            best = max(tried, key=lambda mu: tried[mu][0])
+            proves(best * factor)
+            if not run.finished():
+                proves(best / factor)
+            factor **= 0.5
+        best = max(tried, key=lambda mu: tried[mu][0])
+        mu = best if run.gap <= _NEAR else wider
+        return tried[mu][1], mu
+
+    @staticmethod
+    def _narrowing(report: DualReport, run: Run) -> float:
+        """Factor for the width at which smoothing keeps its share of tol open, but no step at once to a narrow one."""
+        wanted = _SMOOTHING_AIM * run.tol * report.primal
+        return max(_SHRINK, wanted / report.smoothing)
 
     def _is_zero_optimal(self, problem: Any, mu: float, run: Run) -> bool:
         """Report the zero network only where one pass proves it optimal.

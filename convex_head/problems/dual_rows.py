@@ -45,15 +45,14 @@ class RowCollector:
         self._numbers = 0
 
     def add(
-        self, points: Tensor, example: Tensor, functions: list[int], sign: float, slope: Tensor, free: Tensor
+        self, points: Tensor, example: Tensor, functions: Tensor, sign: Tensor, slope: Tensor, free: Tensor
     ) -> None:
-        """Rows of one margin form f_p - f_q."""
-        self._numbers += points.numel() * len(functions)
+        """Rows of :class:`DualRows`."""
+        self._numbers += points.numel() * functions.shape[1]
         if self._numbers > _LIMIT:
             self._parts = []
             return
-        ends = torch.tensor(functions, device=points.device).expand(len(points), -1)
-        self._parts.append((points, example, ends, torch.full_like(slope, sign), slope, free))
+        self._parts.append((points, example, functions, sign, slope, free))
 
     def rows(self, shard: Whole) -> DualRows | None:
         """All of them; None where they are none or too many in any process."""

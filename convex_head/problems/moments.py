@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,25 +30,52 @@ class MomentSums:
         mass = torch.zeros(1 if pairwise else num_functions, dtype=torch.float64, device=device)
         self.point = DualPoint(mass, torch.zeros(num_functions, d + 1, d + 1, dtype=torch.float64, device=device))
 
-    def add(self, form: int, sign: float, weights: Tensor, x: Tensor) -> None:
-        """Points x (N, d) of margins sign * form, weighted (N,)."""
+    def add(self, forms: Tensor, signs: Tensor, weights: Tensor, x: Tensor) -> None:
+        """Points x (N, d) of margins signs * forms, all (N,), with weights (N,)."""
         a, b, c = self._coefficients
         d = self._d
-        total = float(weights.double().sum())
-        moment = torch.empty(d + 1, d + 1, dtype=torch.float64, device=x.device)
-        moment[:d, :d] = a * (x.mT @ (weights.unsqueeze(1) * x)).double()
-        moment[:d, d] = moment[d, :d] = 0.5 * b * (weights @ x).double()
-        moment[d, d] = c * total
-        self._spread(form, sign, moment)
-        self.point.mass[0 if self._pairwise else int(self._forms.plus[form])] += total
+        mass = weights.double()
+        if self._pairwise:
+            self.point.mass.add_(mass.sum())
+        else:
+            self.point.mass.index_add_(0, self._forms.plus[forms], mass)
+        for targets, weight, points in self._sorted(forms, signs * weights, x):
+            moment = torch.empty(d + 1, d + 1, dtype=torch.float64, device=x.device)
+            moment[:d, :d] = a * (points.mT @ (weight.unsqueeze(1) * points)).double()
+            moment[:d, d] = moment[d, :d] = 0.5 * b * (weight @ points).double()
+            moment[d, d] = c * weight.double().sum()
+            for function, sign in targets:
+                self.point.moments[function].add_(moment, alpha=sign)
 
-    def add_spread(self, form: int, sign: float, second: Tensor) -> None:
-        """Weighted covariances (d, d) of points about those that :meth:`add` has taken, as blurring makes them."""
-        moment = torch.zeros_like(self.point.moments[0])
-        moment[: self._d, : self._d] = self._coefficients[0] * second
-        self._spread(form, sign, moment)
+    def add_spread(self, forms: Tensor, signs: Tensor, weights: Tensor, x: Tensor) -> None:
+        """Weighted x x' (N, d) about the points that :meth:`add` takes: the covariances that blurring makes."""
+        d = self._d
+        for targets, weight, points in self._sorted(forms, signs * weights, x):
+            second = self._coefficients[0] * (points.mT @ (weight.unsqueeze(1) * points)).double()
+            for function, sign in targets:
+                self.point.moments[function, :d, :d].add_(second, alpha=sign)
 
-    def _spread(self, form: int, sign: float, moment: Tensor) -> None:
-        self.point.moments[int(self._forms.plus[form])] += sign * moment
-        if self._forms.minus is not None:
-            self.point.moments[int(self._forms.minus[form])] -= sign * moment
+    def _sorted(
+        self, forms: Tensor, weights: Tensor, x: Tensor
+    ) -> Iterator[tuple[list[tuple[int, float]], Tensor, Tensor]]:
+        """What goes into the same moments together: (function, sign) of those, weights and points.
+
+        By form where these are few, so that a point of f_p - f_q is squared once; else by function.
+        """
+        ends = self._forms.ends()
+        by_function = self._forms.are_many()
+        if by_function:
+            keys = torch.cat([end[forms] for end in ends])
+            weights = torch.cat([weights, -weights][: len(ends)])
+        else:
+            keys = forms
+        order = torch.argsort(keys, stable=True)
+        counts = torch.bincount(keys)
+        present = counts.nonzero().squeeze(1)
+        sizes = counts[present].tolist()
+        places = (order % len(x)).split(sizes)
+        for key, place, weight in zip(present.tolist(), places, weights[order].split(sizes), strict=True):
+            if by_function:
+                yield [(key, 1.0)], weight, x[place]
+            else:
+                yield [(int(end[key]), sign) for end, sign in zip(ends, (1.0, -1.0), strict=False)], weight, x[place]

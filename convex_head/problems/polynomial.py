@@ -51,6 +51,8 @@ _EXACT = 2 * SATISFIED
 # Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
 _BLUR_SHARE = 0.3
 _METRIC_ROWS = 4096
+# Numbers of worst-case points made at once.
+_DENSE = 1 << 23
 # Fewer rows are passed over so quickly that they are not worth the seconds which compiling takes, once a machine.
 _COMPILED_ROWS = 1000
 
@@ -284,23 +286,25 @@ class PolynomialProblem:
         collector: RowCollector | None,
     ) -> None:
         """Add one group's worst cases, weighted (G, B), to a dual point, and where it is kept each of them."""
-        group = step.group_pass.group
-        bases = step.group_pass.basis()
-        for g, form in enumerate(group.forms.tolist()):
-            active = weights[g].nonzero().squeeze(1)
-            if len(active) == 0:
+        group, bases = step.group_pass.group, step.group_pass.basis()
+        blocks = max(1, _DENSE // max(1, weights.shape[1] * self.d))
+        for start in range(0, len(weights), blocks):
+            part = slice(start, start + blocks)
+            g, place = weights[part].nonzero(as_tuple=True)
+            if len(g) == 0:
                 continue
-            basis, sign, weight = bases[g], float(group.signs[g]), weights[g, active]
-            rows = group.rows[g, active]
-            worst = chunk.x[rows] + step.ehat[g, active] @ basis.mT
-            sums.add(form, sign, weight, worst)
+            forms, signs, rows = group.forms[part], group.signs[part].to(weights.dtype), group.rows[part][g, place]
+            weight = weights[part][g, place]
+            worst = chunk.x[rows] + (step.ehat[part] @ bases[part].mT)[g, place]
+            sums.add(forms[g], signs[g], weight, worst)
             if collector is not None:
-                ends = [int(end[form]) for end in self._scan.forms.ends()]
-                room = free[rows, group.columns[g].expand_as(rows)]
-                collector.add(worst, rows + chunk.rows.start, ends, sign, weight, room)
+                ends = torch.stack([end[forms[g]] for end in self._scan.forms.ends()], dim=1)
+                room = free[rows, group.columns[part].squeeze(1)[g]]
+                collector.add(worst, rows + chunk.rows.start, ends, signs[g], weight, room)
             if step.spread is not None:
-                spread = (basis * (weight @ step.spread[g, active])) @ basis.mT
-                sums.add_spread(form, sign, spread.double())
+                total = (weights[part].unsqueeze(1) @ step.spread[part]).squeeze(1)
+                which = torch.arange(total.numel(), device=total.device) // total.shape[1]
+                sums.add_spread(forms[which], signs[which], total.view(-1), bases[part].mT.reshape(-1, self.d))
 
     def fit_scale(self, network: Network, mu: float) -> Network:
         """The network with its output weights scaled to the minimum of the smoothed objective."""
@@ -381,10 +385,9 @@ class PolynomialProblem:
         inside, weights = inside[order], weights[order]
         whole = Chunk(slice(0, self.n), inside[:, 0], self._rows.labels)
         for group in self._scan.groups(whole, weights > 0, 1):
-            for g, form in enumerate(group.forms.tolist()):
-                rows = group.rows[g, group.real()[g]]
-                column = int(group.columns[g, 0])
-                sums.add(form, float(group.signs[g]), weights[rows, column], inside[rows, column])
+            g, place = group.real().nonzero(as_tuple=True)
+            rows, column = group.rows[g, place], group.columns.squeeze(1)[g]
+            sums.add(group.forms[g], group.signs[g].double(), weights[rows, column], inside[rows, column])
         return self.oracle(sums.point).dual
 
     def _clip(self, weights: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from convex_head.solvers import SolveResult, get_solver
 NAME = "warm_starts"
 _RADIUS, _REG = 0.5, 0.01
 _MAX_SECONDS = 600.0
+_TOLS = {"digits": (1e-2, 3e-2), "features": (3e-2,)}
 
 
 def dataset(name: str, quick: bool) -> tuple[Tensor, Tensor]:
@@ -128,11 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run, print, write."""
     extra = argparse.ArgumentParser(add_help=False)
     extra.add_argument("--data", nargs="+", choices=("digits", "features"), default=["digits", "features"])
-    extra.add_argument("--tols", nargs="+", type=float, default=[1e-2, 3e-2], help="relative gaps")
     options = arguments(NAME, __doc__, argv, extra=extra)
-    data_sets, tols = (["features"], [0.2]) if options.quick else (options.data, options.tols)
+    plan = {"features": (0.2,)} if options.quick else {data: _TOLS[data] for data in options.data}
     records: list[Record] = []
-    for data in data_sets:
+    for data, tols in plan.items():
         for tol in tols:
             for path, settings in paths(options.quick).items():
                 records += measure(data, path, settings, tol, options.quick)

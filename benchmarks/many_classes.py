@@ -1,10 +1,10 @@
 """Certified fits at 100 and 1000 classes, from memory and from disk.
 
-    python -m benchmarks.many_classes            half an hour of one core, 40 MB in a temporary folder
+    python -m benchmarks.many_classes            ten minutes of one core, 20 MB in a temporary folder
     python -m benchmarks.many_classes --quick    seconds
 
-Synthetic features (clusters, a spectrum that falls like 1/k, cut off at zero). Every fit has ten minutes, and ends with
-the objective and the bound that it has reached; both are of the exact worst cases of all margins. "disk" reads a
+Synthetic features (clusters, a spectrum that falls like 1/k, cut off at zero). Every fit has three minutes, and ends
+with the objective and the bound that it has reached; both are of the exact worst cases of all margins. "disk" reads a
 memory-mapped file in every pass: the ImageNet design with fewer and narrower rows. Accuracies are on 2,000 held-out
 rows, beside the nearest class mean on the same rows; certified: the exact worst-case margin in the feature ball is
 above 0.
@@ -33,7 +33,7 @@ _RADIUS, _TOL = 0.25, 0.05
 
 def settings(quick: bool) -> list[Record]:
     """What is fitted."""
-    seconds = 2.0 if quick else 600.0
+    seconds = 2.0 if quick else 180.0
     sizes = [(500, 16, 20, "memory"), (500, 16, 20, "disk")] if quick else [(10_000, 512, 100, "memory")]
     found: list[Record] = []
     for rows, width, classes, source in sizes:

@@ -8,8 +8,8 @@ floor is what no exact method can avoid: the projections of all rows on all neur
 the same process. Every line is a process of its own, so that its peak memory is its own: "disk" reads a memory-mapped
 file in every pass, "memory" holds the features. Memory is what is allocated (RssAnon of Linux, every 10 ms): pages of
 the mapped file come on top, but the system takes them back when others need them. Times are CPU seconds, because the
-machine may be busy. Features are synthetic (clusters, a spectrum that falls like 1/k, cut off at zero); the network is column
-generation's, fitted to 2,000 of the rows to a gap of 5 % or for a minute.
+machine may be busy. Features are synthetic (clusters, a spectrum that falls like 1/k, cut off at zero); the network is
+column generation's, fitted to 2,000 of the rows to a gap of 5 % or for a minute.
 """
 
 from __future__ import annotations

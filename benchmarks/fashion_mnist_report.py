@@ -29,6 +29,8 @@ _MARKERS = {
     "convex_deep_wide": "X",
 }
 _OTHER = "*"
+_LEFT = 0.1
+_BACKBONES = ("sam", "standard", "pgd_at", "trades")
 _COSTS = ("seconds", "forwards", "backwards")
 _PARTS = ("with_choice", "fit")
 Key = tuple[str, str, str, str, str, str]
@@ -172,31 +174,50 @@ def _shown(pair: Record | None) -> str:
 
 
 def draw(pyplot: Any, rows: Sequence[Record]) -> None:
-    """Robust accuracy against the CPU seconds that the head took, its choices included."""
-    shown = [row for row in rows if row["norm"] == "Linf"]
-    # One column a figure: the one with most finished cells.
-    columns = [row["attacks"] for row in shown]
-    attacks = max(("autoattack", "apgd"), key=columns.count)
-    shown = [row for row in shown if row["attacks"] == attacks]
-    pairs = sorted({(row["backbone"], row["eps"]) for row in shown}, key=lambda one: (one[0], _number(one[1])))
-    for number, (name, eps) in enumerate(pairs):
-        colour = COLOURS[number % len(COLOURS)]
-        for row in shown:
-            if (row["backbone"], row["eps"]) == (name, eps):
-                head = row["head"]
-                marker = _MARKERS.get(head, _OTHER)
-                # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
-                pyplot.plot(max(row["seconds"] or 0.1, 0.1), 100 * row["robust"], marker, color=colour, markersize=7)
-        pyplot.plot([], [], "-", color=colour, label=f"{name}, {eps}")
-    drawn = {row["head"] for row in shown}
-    for head, marker in {**_MARKERS, "other convex variants": _OTHER}.items():
-        if head in drawn or (marker == _OTHER and drawn - set(_MARKERS)):
-            pyplot.plot([], [], marker, color="0.4", label=head)
-    pyplot.xscale("log")
-    pyplot.xlabel("CPU seconds of the head, choice of its settings included (own: 0, at the left edge)")
-    pyplot.ylabel("robust test accuracy, %")
-    pyplot.title(f"Fashion-MNIST, {attacks} and adaptive attacks")
-    pyplot.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    """Robust accuracy against the CPU seconds that the head took, its choices included; a panel a backbone and threat.
+
+    Panels are of one column of attacks: the one with most heads, and another one with two heads that the first lacks.
+    """
+    threats: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
+    for row in rows:
+        columns = threats.setdefault((row["backbone"], row["norm"], row["eps"]), {})
+        columns.setdefault(row["attacks"], []).append(row)
+    panels: dict[tuple[str, str, str, str], list[Record]] = {}
+    for key, columns in threats.items():
+        seen: set[str] = set()
+        for attacks in sorted(columns, key=lambda name: (-len(columns[name]), name == "apgd")):
+            found = [row for row in columns[attacks] if row["head"] not in seen]
+            if len(found) > 1 or not seen:
+                panels[(*key, attacks)] = found
+            seen |= {row["head"] for row in found}
+    ordered = sorted(
+        panels, key=lambda one: (one[1] == "L2", -_number(one[2]), _BACKBONES.index(one[0]), one[3] == "apgd")
+    )
+    wide = min(3, len(ordered))
+    figure = pyplot.gcf()
+    tall = -(-len(ordered) // wide)
+    figure.set_size_inches(4.2 * wide, 2.9 * tall + 0.9)
+    axes = figure.subplots(tall, wide, squeeze=False)
+    heads = [head for head in _MARKERS if head in {row["head"] for row in rows}]
+    heads += sorted({row["head"] for row in rows} - set(heads))
+    for axis, key in zip(axes.flat, ordered, strict=False):
+        for row in panels[key]:
+            # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
+            seconds, number = max(row["seconds"] or _LEFT, _LEFT), heads.index(row["head"])
+            bars = [[100 * (row["robust"] - row["low"])], [100 * (row["high"] - row["robust"])]]
+            style = {"fmt": _MARKERS.get(row["head"], _OTHER), "color": COLOURS[number % len(COLOURS)]}
+            axis.errorbar(seconds, 100 * row["robust"], bars, markersize=7, capsize=2, lw=1, **style)
+        axis.set_xscale("log")
+        axis.set_xlim(_LEFT / 2, 1500)
+        axis.set_title(f"{key[0]}, {key[1]} {key[2]} ({key[3]})", fontsize=9)
+    for axis in axes.flat[len(ordered) :]:
+        axis.set_visible(False)
+    for number, head in enumerate(heads):
+        style = {"marker": _MARKERS.get(head, _OTHER), "color": COLOURS[number % len(COLOURS)]}
+        axes[0, 0].plot([], [], linestyle="", label=head, **style)
+    figure.supylabel("robust test accuracy, %", fontsize=10)
+    figure.supxlabel("CPU seconds of the head, choice of its settings included (own: 0, at the left edge)", fontsize=10)
+    figure.legend(loc="outside upper center", ncols=6, fontsize=8)
 
 
 def report(options: argparse.Namespace, records: Sequence[EvalRecord]) -> None:

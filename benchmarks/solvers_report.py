@@ -197,6 +197,7 @@ def draw(pyplot: Any, records: Sequence[Record]) -> None:
             axis.axhline(tol, color="0.4", linestyle="--", linewidth=1)
             axis.annotate(f"asked for: {tol:g}", (0.01, tol), (3, 3), ("axes fraction", "data"), "offset points")
         axis.set(xscale="log", yscale="log", xlabel="seconds", title=f"{part}, n = {largest:,}, d = {rows[0]['d']}")
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("certified relative gap")
 

@@ -21,6 +21,7 @@ from convex_head.problems import fused, polynomial
 from convex_head.problems.base import Network
 from convex_head.problems.losses import LOSSES
 from convex_head.problems.polynomial import Evaluation, PolynomialProblem
+from convex_head.solvers import base
 from convex_head.solvers.column_generation import ColumnGeneration
 
 PROBLEMS = [(2, "crammer_singer"), (3, "crammer_singer"), (4, "multi_margin"), (4, "one_vs_rest")]
@@ -344,3 +345,16 @@ def test_code_is_compiled_where_numba_may_write_nothing(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(compiled.numba, "njit", njit)
     assert compiled.entry(lambda x: x + 1)(1) == 2
+
+
+def test_compiling_is_not_in_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver's clock starts after the problem is prepared, which runs the compiled pass once."""
+    order: list[str] = []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 3, generator=generator, dtype=torch.float64)
+    problem = PolynomialProblem(x, (x[:, 0] > 0).long(), num_classes=2, radius=0.1, reg=0.1)
+    run, clock = fused.FusedPass.run, base.Run
+    monkeypatch.setattr(fused.FusedPass, "run", lambda self: (order.append("pass"), run(self))[1])
+    monkeypatch.setattr(base, "Run", lambda *args: (order.append("clock"), clock(*args))[1])
+    ColumnGeneration().solve(problem, tol=0.5, max_seconds=60.0)
+    assert order[:2] == ["pass", "clock"]

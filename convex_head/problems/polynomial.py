@@ -32,7 +32,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import SATISFIED, MarginScan, Step
 from convex_head.errors import StartError
-from convex_head.problems import fused
+from convex_head.problems import fused, starts
 from convex_head.problems.adjoint import Adjoint
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracle
@@ -227,8 +227,7 @@ class PolynomialProblem:
         With blur, both are those of the blurred margins, which are smooth in the weights.
         """
         settings: dict[str, Any] = {"radius": self.radius, "mu": mu, "blur": blur, "examples": self.n}
-        kind = FusedPass if self.n >= _COMPILED_ROWS and fused.serves(self._scan, self._loss) else Adjoint
-        adjoint = kind(self._scan, packed, self._loss, **settings)
+        adjoint = (FusedPass if self._is_compiled() else Adjoint)(self._scan, packed, self._loss, **settings)
         adjoint.run()
         self.shard.sum(*adjoint.parts())
         gradient = adjoint.gradient() + 2 * self.reg * packed.vectors.double()
@@ -236,13 +235,25 @@ class PolynomialProblem:
         penalty = self.reg * float(packed.vectors.double().square().sum())
         return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
 
+    def _is_compiled(self) -> bool:
+        return self.n >= _COMPILED_ROWS and fused.serves(self._scan, self._loss)
+
+    def prepare(self) -> None:
+        """Compile what passes need, so that no time limit pays for it: seconds once a machine, then nothing."""
+        if self._is_compiled():
+            settings: dict[str, Any] = {"radius": self.radius, "mu": 1.0, "blur": self.blur(1.0), "examples": self.n}
+            FusedPass(self._sampled(), self.pack(self.random_network(1, 0)), self._loss, **settings).run()
+
     def metric(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> Callable[[Tensor], Tensor]:
         """A preconditioner for the vectors at a network, from a sample of the rows (problems/preconditioner.py)."""
-        count = min(_METRIC_ROWS, self.n)
+        settings: dict[str, Any] = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur}
+        settings["rows"] = min(_METRIC_ROWS, self.n)
+        return preconditioner(self._sampled(), packed, self._loss, shard=self.shard, **settings)
+
+    def _sampled(self) -> MarginScan:
         if self._reference is None:
-            self._reference = self.sample(count, 0)._scan if count < self.n else self._scan
-        settings: dict[str, Any] = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur, "rows": count}
-        return preconditioner(self._reference, packed, self._loss, shard=self.shard, **settings)
+            self._reference = self.sample(_METRIC_ROWS, 0)._scan if self.n > _METRIC_ROWS else self._scan
+        return self._reference
 
     # -- dual -----------------------------------------------------------------------------------------------
 
@@ -318,22 +329,11 @@ class PolynomialProblem:
 
     def zero_network(self) -> Network:
         """One neuron of weight 0 a function: the zero function, in a form that can be deployed."""
-        functions = torch.arange(self.num_functions, device=self._device)
-        directions = torch.zeros(self.num_functions, self.d, dtype=torch.float64, device=self._device)
-        directions[:, 0] = 1
-        return Network(directions, torch.zeros_like(directions[:, 0]), functions)
+        return starts.zero_network(self.num_functions, self.d, self._device)
 
     def random_network(self, neurons: int, seed: int) -> Network:
         """``neurons`` random unit neurons of each sign for every function, small output weights."""
-        generator = torch.Generator().manual_seed(seed)
-        count = 2 * neurons * self.num_functions
-        directions = torch.randn(count, self.d, generator=generator, dtype=torch.float64)
-        directions /= directions.norm(dim=1, keepdim=True)
-        index = torch.arange(count)
-        weights = torch.where(index % 2 == 0, 0.1, -0.1).double() / neurons
-        function = index // (2 * neurons)
-        device = self._device
-        return Network(directions.to(device), weights.to(device), function.to(device))
+        return starts.random_network(self.num_functions, self.d, neurons, seed, self._device)
 
     def mean_network(self) -> Network:
         """One neuron a function, from the mean of all examples towards that of its class, output weight 1."""

@@ -132,7 +132,7 @@ class Solver(abc.ABC):
         Args:
             problem: for example :class:`~convex_head.problems.polynomial.PolynomialProblem`.
             tol: relative duality gap to reach, > 0.
-            max_seconds: wall-clock limit, or None.
+            max_seconds: wall-clock limit, or None; compiling, seconds the first time on a machine, is not in it.
             callbacks: called with a :class:`Progress` an outer iteration; one that returns True stops the solve.
             seed: seeds whatever is random.
             start: a network to start from (warm start), or None.
@@ -152,6 +152,9 @@ class Solver(abc.ABC):
         check_positive("tol", tol)
         if max_seconds is not None:
             check_positive("max_seconds", max_seconds)
+        prepare = getattr(problem, "prepare", None)
+        if prepare is not None:
+            prepare()
         run = Run(tol, max_seconds, tuple(callbacks), seed, start)
         if checkpoint is not None:
             if not self.keeps_checkpoints:

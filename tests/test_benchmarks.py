@@ -25,6 +25,7 @@ PUBLISHED = (
     "forward_overhead",
     "scale",
     "warm_starts",
+    "many_classes",
     "coefficients",
     "layerwise",
     "fashion_mnist",

@@ -173,35 +173,39 @@ def _shown(pair: Record | None) -> str:
     return f"{100 * pair['difference']:+.1f} ({low:+.1f} to {high:+.1f}), p = {pair['p']:.2g}"
 
 
-def draw(pyplot: Any, rows: Sequence[Record]) -> None:
-    """Robust accuracy against the CPU seconds that the head took, its choices included; a panel a backbone and threat.
+def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
+    """Rows by backbone, norm, eps and column of attacks, largest eps first.
 
-    Panels are of one column of attacks: the one with most heads, and another one with two heads that the first lacks.
+    Of a backbone and threat there is the column with most heads, and another one with two heads that the first lacks.
     """
     threats: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for row in rows:
         columns = threats.setdefault((row["backbone"], row["norm"], row["eps"]), {})
         columns.setdefault(row["attacks"], []).append(row)
     panels: dict[tuple[str, str, str, str], list[Record]] = {}
-    for key, columns in threats.items():
+    for key in sorted(threats, key=lambda one: (one[1] == "L2", -_number(one[2]), _BACKBONES.index(one[0]))):
+        columns = threats[key]
         seen: set[str] = set()
         for attacks in sorted(columns, key=lambda name: (-len(columns[name]), name == "apgd")):
             found = [row for row in columns[attacks] if row["head"] not in seen]
             if len(found) > 1 or not seen:
                 panels[(*key, attacks)] = found
             seen |= {row["head"] for row in found}
-    ordered = sorted(
-        panels, key=lambda one: (one[1] == "L2", -_number(one[2]), _BACKBONES.index(one[0]), one[3] == "apgd")
-    )
-    wide = min(3, len(ordered))
+    return panels
+
+
+def draw(pyplot: Any, rows: Sequence[Record]) -> None:
+    """Robust accuracy against the CPU seconds of the head, its choices included; a panel a backbone and threat."""
+    panels = _panels(rows)
+    wide = min(3, len(panels))
     figure = pyplot.gcf()
-    tall = -(-len(ordered) // wide)
+    tall = -(-len(panels) // wide)
     figure.set_size_inches(4.2 * wide, 2.9 * tall + 0.9)
     axes = figure.subplots(tall, wide, squeeze=False)
     heads = [head for head in _MARKERS if head in {row["head"] for row in rows}]
     heads += sorted({row["head"] for row in rows} - set(heads))
-    for axis, key in zip(axes.flat, ordered, strict=False):
-        for row in panels[key]:
+    for axis, (key, shown) in zip(axes.flat, panels.items(), strict=False):
+        for row in shown:
             # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
             seconds, number = max(row["seconds"] or _LEFT, _LEFT), heads.index(row["head"])
             bars = [[100 * (row["robust"] - row["low"])], [100 * (row["high"] - row["robust"])]]
@@ -210,7 +214,7 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
         axis.set_xscale("log")
         axis.set_xlim(_LEFT / 2, 1500)
         axis.set_title(f"{key[0]}, {key[1]} {key[2]} ({key[3]})", fontsize=9)
-    for axis in axes.flat[len(ordered) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for number, head in enumerate(heads):
         style = {"marker": _MARKERS.get(head, _OTHER), "color": COLOURS[number % len(COLOURS)]}

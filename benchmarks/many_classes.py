@@ -34,22 +34,19 @@ _RADIUS, _TOL = 0.25, 0.05
 def settings(quick: bool) -> list[Record]:
     """What is fitted."""
     seconds = 2.0 if quick else 180.0
-    sizes = [(500, 16, 20, "memory"), (500, 16, 20, "disk")] if quick else [(10_000, 512, 100, "memory")]
-    found: list[Record] = []
-    for rows, width, classes, source in sizes:
-        for loss, reg in (("one_vs_rest", 0.1 / classes), ("crammer_singer", 0.01)):
-            found.append(
-                {"rows": rows, "features": width, "classes": classes, "source": source} | _how(loss, reg, seconds)
-            )
-    if not quick:
-        found.append(
-            {"rows": 20_000, "features": 256, "classes": 1000, "source": "disk"} | _how("one_vs_rest", 1e-4, seconds)
-        )
-    return found
-
-
-def _how(loss: str, reg: float, seconds: float) -> Record:
-    return {"loss": loss, "reg": reg, "seconds_allowed": seconds}
+    small = {"rows": 500, "features": 16, "classes": 20, "seconds_allowed": seconds}
+    hundred = {"rows": 10_000, "features": 512, "classes": 100, "seconds_allowed": seconds}
+    thousand = {"rows": 20_000, "features": 256, "classes": 1000, "seconds_allowed": seconds}
+    one, pairs = {"loss": "one_vs_rest"}, {"loss": "crammer_singer", "reg": 0.01}
+    if quick:
+        return [
+            small | how | {"source": source} for source in ("memory", "disk") for how in (one | {"reg": 0.005}, pairs)
+        ]
+    return [
+        hundred | one | {"reg": 1e-3, "source": "memory"},
+        hundred | pairs | {"source": "memory"},
+        thousand | one | {"reg": 1e-4, "source": "disk"},
+    ]
 
 
 def measure(setting: Record, threads: int) -> Record:

@@ -384,7 +384,7 @@ def test_doctor_is_silent_beside_its_result():
 @pytest.mark.parametrize(
     ("arguments", "target", "message"),
     [
-        (("evaluate", "--model", "zoo:net", "--dataset", "digits"), "data.load_dataset", "is kept without --state"),
+        (("evaluate", "--model", "z:n", "--dataset", "digits"), "data.load_dataset", "nothing is kept without --state"),
         (("evaluate", "--model", "zoo:net", "--state", "s"), "data.load_dataset", "what is finished is kept"),
         (("fit", "x.npz"), "feature_files.read_features", "nothing is kept without --checkpoint"),
         (("fit", "x.npz", "--checkpoint", "c"), "feature_files.read_features", "what is finished is kept"),

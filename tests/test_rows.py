@@ -84,6 +84,7 @@ def test_factors_made_on_demand_are_the_same(monkeypatch: pytest.MonkeyPatch, lo
         packed = problem.pack(problem.random_network(3, 0))
         value = problem.evaluate(packed, 0.1, problem.blur(0.1))
         report = problem.dual_point(packed, 0.1, problem.blur(0.1))
-        found.append((value.smoothed, value.hard, value.gradient, report.primal, report.point.moments))
+        dual = report.point
+        found.append((value.smoothed, value.hard, value.gradient, report.primal, dual.mass, dual.moments))
     for eager, lazy in zip(*found, strict=True):
         torch.testing.assert_close(torch.as_tensor(lazy), torch.as_tensor(eager))

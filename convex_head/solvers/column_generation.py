@@ -44,8 +44,8 @@ _TIGHTEN = 0.5
 _NEW_SHARE = 1e-3
 _NARROWEST = 1e-9
 _ZERO = 1e-12
-_NEAR, _FAR = 0.05, 0.15
-_CLOSE = 0.9
+# A warm start within the second gap looks for its width until steps are this close to 1; within the first it is kept.
+_NEAR, _FAR, _CLOSE = 0.05, 0.15, 0.9
 _DEAD = 1e-8
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
@@ -149,7 +149,7 @@ class ColumnGeneration(Solver):
         """
         tried: dict[float, tuple[float, Network]] = {}
 
-        def proves(mu: float) -> DualReport:
+        def measure(mu: float) -> DualReport:
             network = problem.fit_scale(start, mu)
             report, answer = self._measure(problem, network, mu, run)
             tried[mu] = answer.dual, network
@@ -157,7 +157,7 @@ class ColumnGeneration(Solver):
 
         mu = wider = _FIRST_WIDTH
         for _ in range(_WARM_WIDTHS):
-            report = proves(mu)
+            report = measure(mu)
             if run.finished() or report.smoothing <= _SMOOTHING_SHARE * run.tol * report.primal:
                 break
             wider, mu = mu, mu * self._narrowing(report, run)
@@ -165,9 +165,9 @@ class ColumnGeneration(Solver):
         factor = _SHRINK**0.5
         while not run.finished() and run.gap <= _FAR and factor < _CLOSE:
             best = max(tried, key=lambda mu: tried[mu][0])
-            proves(best * factor)
+            measure(best * factor)
             if not run.finished():
-                proves(best / factor)
+                measure(best / factor)
             factor **= 0.5
         best = max(tried, key=lambda mu: tried[mu][0])
         mu = best if run.gap <= _NEAR else wider
@@ -175,7 +175,7 @@ class ColumnGeneration(Solver):
 
     @staticmethod
     def _narrowing(report: DualReport, run: Run) -> float:
-        """Factor for the width at which smoothing keeps its share of tol open, but no step at once to a narrow one."""
+        """Factor of the width after which smoothing keeps its share of tol open, as far as one step may go."""
         wanted = _SMOOTHING_AIM * run.tol * report.primal
         return max(_SHRINK, wanted / report.smoothing)
 

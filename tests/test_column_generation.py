@@ -13,6 +13,7 @@ from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 from convex_head.errors import ConvergenceWarning, SolverError, ToleranceError, UnknownSolverError
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.solvers import Progress, SolveResult, Status, get_solver
+from convex_head.solvers.column_generation import _sample_sizes
 from convex_head.solvers.sdp import build
 
 LOSSES = ("crammer_singer", "multi_margin", "one_vs_rest")
@@ -257,17 +258,36 @@ def test_threads_are_given_back() -> None:
         torch.set_num_threads(before)
 
 
-def test_many_classes_start_from_their_means() -> None:
+def test_many_classes_start_from_their_discriminants() -> None:
     generator = torch.Generator().manual_seed(0)
     means = 3 * torch.randn(100, 6, generator=generator, dtype=torch.float64)
-    labels = torch.arange(200) % 100
-    features = means[labels] + 0.3 * torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    labels = torch.arange(400) % 100
+    spread = torch.tensor([2.0, 1.0, 0.5, 0.3, 0.2, 0.1], dtype=torch.float64)
+    features = means[labels] + spread * torch.randn(400, 6, generator=generator, dtype=torch.float64)
     problem = PolynomialProblem(features, labels, num_classes=100, radius=0.1, reg=0.01)
-    start = problem.mean_network()
-    centre = features.mean(0)
-    expected = torch.stack([features[labels == c].mean(0) - centre for c in range(100)])
+    start = problem.discriminant_network()
+    centres = torch.stack([features[labels == c].mean(0) for c in range(100)])
+    within = (features - centres[labels]).T @ (features - centres[labels]) / 400
+    within += 0.3 * within.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    expected = (centres - features.mean(0)) @ torch.linalg.inv(within)
     torch.testing.assert_close(start.directions, expected / expected.norm(dim=1, keepdim=True))
+    assert torch.equal(start.function, torch.arange(100)) and (start.weights == 1).all()
     result = get_solver("column_generation").solve(problem, tol=0.3, max_seconds=60)
     assert result.converged and 0 < result.dual <= result.primal
     assert problem.objective(result.network) == pytest.approx(result.primal, rel=1e-6)
     assert result.primal < 0.9 * problem.objective(problem.zero_network())
+
+
+def test_a_class_without_examples_has_a_discriminant() -> None:
+    problem = PolynomialProblem(torch.eye(4), torch.tensor([0, 1, 2, 2]), num_classes=4, radius=0.1, reg=0.01)
+    start = problem.discriminant_network()
+    torch.testing.assert_close(start.directions.norm(dim=1), torch.ones(4, dtype=torch.float64))
+    constant = PolynomialProblem(torch.ones(3, 4), torch.tensor([0, 1, 2]), num_classes=3, radius=0.1, reg=0.01)
+    assert torch.equal(constant.discriminant_network().directions, torch.zeros(3, 4, dtype=torch.float64))
+
+
+def test_samples_have_examples_of_every_class() -> None:
+    assert _sample_sizes(50_000, 10) == [4096, 16384]
+    assert _sample_sizes(5_000, 10) == []
+    assert _sample_sizes(20_000, 1000) == []
+    assert _sample_sizes(1_280_000, 1000) == [32_000, 128_000, 512_000]

@@ -103,6 +103,18 @@ def test_two_classes_mean_the_hinge(loss: MarginLoss) -> None:
     torch.testing.assert_close(slopes[:, 0], (z / 0.5).clamp(0, 1))
 
 
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+@pytest.mark.parametrize("width", [0.0, 0.2, 10.0])
+def test_near_margins_have_the_whole_loss(loss: MarginLoss, width: float) -> None:
+    margins = 0.5 * torch.randn(50, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near = loss.near(margins, width)
+    assert near.shape[1] < 30 or not loss.joint or width > 1
+    torch.testing.assert_close(loss.value(near, 31), loss.value(margins, 31))
+    for mu in (width, 0.5 * width):
+        if mu > 0:
+            torch.testing.assert_close(loss.smoothed(near, 31, mu)[0], loss.smoothed(margins, 31, mu)[0])
+
+
 def test_unknown_loss_is_named() -> None:
     with pytest.raises(UnknownLossError, match=r"one of crammer_singer, multi_margin, one_vs_rest; found 'hinge'"):
         get_loss("hinge")

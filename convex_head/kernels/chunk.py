@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from convex_head.kernels.ball import minimise
-from convex_head.kernels.compiled import Compact, Setting, Sums, Tables, entry, inner
+from convex_head.kernels.compiled import Compact, Lanes, Setting, Sums, Tables, entry, inner
+from convex_head.kernels.factors import combine_one
+from convex_head.kernels.lanes import factored, gather_lanes
 from convex_head.kernels.loss import loss
+from convex_head.kernels.marks import mark_all, mark_lowest, mark_near, mark_rest
 from convex_head.kernels.tiles import add_outer, dot, gather, product, tile
 
 LANES = 64
-# Tiles are filled up to a multiple of this, so that loops have no scalar rest.
-_STEP = 8
 
 
 @inner
@@ -60,7 +61,7 @@ def _bounds(
         for l in range(width):
             label = labels[start + first + l]
             for k in range(columns):
-                form, negative, rival = tables.form[k, label], tables.negative[k, label], tables.rival[k, label]
+                form, negative, rival = tables.form[label, k], tables.negative[label, k], tables.rival[label, k]
                 value, norm = values[rival, l], norms[rival, l]
                 if tables.pairwise:
                     value, norm = values[label, l] - value, norm + norms[label, l]
@@ -70,59 +71,27 @@ def _bounds(
 
 
 @inner
-def _lanes(wanted: np.ndarray, stage: Any, labels: np.ndarray, start: int, tables: Tables, forms: int) -> Any:
-    """Entries (row, column) with wanted == stage, those of a form and sign together, each filled up with column -1.
-
-    Returns the first lane of every key 2 form + negative and past the last, and rows and columns of the lanes.
-    """
-    rows, columns = wanted.shape
-    first = np.zeros(2 * forms + 1, np.int64)
-    for i in range(rows):
-        label = labels[start + i]
-        for k in range(columns):
-            if wanted[i, k] == stage:
-                first[2 * tables.form[k, label] + tables.negative[k, label] + 1] += 1
-    for key in range(2 * forms):
-        first[key + 1] = first[key] + (first[key + 1] + _STEP - 1) // _STEP * _STEP
-    row, column = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
-    place = np.empty(2 * forms, np.int64)
-    for key in range(2 * forms):
-        place[key] = first[key]
-    for i in range(rows):
-        label = labels[start + i]
-        for k in range(columns):
-            if wanted[i, k] == stage:
-                key = 2 * tables.form[k, label] + tables.negative[k, label]
-                row[place[key]], column[place[key]] = i, k
-                place[key] += 1
-    for key in range(2 * forms):
-        for l in range(place[key], first[key + 1]):
-            row[l], column[l] = row[first[key]], -1
-    return first, row, column
-
-
-@inner
 def _solve(
     tau: np.ndarray,
     start: int,
     net: Compact,
     setting: Setting,
-    lanes: Any,
+    lanes: Lanes,
     work: tuple[np.ndarray, np.ndarray, np.ndarray],
     margins: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact margins of all lanes, into ``margins``; returns steps and spreads, tile by tile (M, width)."""
-    first, row, column = lanes
+    first, row, column = lanes.first, lanes.row, lanes.column
     slopes, gradient, magnitude = work
     height = len(slopes)
     e = np.zeros(height * len(row), tau.dtype)
     spread = np.empty(len(e) if setting.blur > setting.zero else 0, tau.dtype)
     gaps = np.empty(len(magnitude), tau.dtype)
     value = np.empty(LANES, tau.dtype)
-    for key in range(len(first) - 1):
-        form, negative = key // 2, key % 2
-        for begin in range(first[key], first[key + 1], LANES):
-            width = min(LANES, first[key + 1] - begin)
+    for index in range(len(lanes.keys)):
+        form, negative, slot = lanes.keys[index] // 2, lanes.keys[index] % 2, lanes.slots[index]
+        for begin in range(first[index], first[index + 1], LANES):
+            width = min(LANES, first[index + 1] - begin)
             size = gather(tau, start, net, form, row[begin : begin + width], slopes)
             plus, minus = net.plus[form], net.minus[form]
             constant = net.base[plus] - (net.base[minus] if minus >= 0 else setting.zero)
@@ -138,10 +107,10 @@ def _solve(
                     projection = slope[l]
                     slope[l] = twice * projection + linear
                     value[l] += setting.half * projection * (slope[l] + linear)
-            rank = net.rank[form]
-            product(net.project[form], slopes, rank, size, width, gradient)
+            rank = net.rank[slot]
+            product(net.project[slot], slopes, rank, size, width, gradient)
             minimise(
-                net.eigenvalues[form],
+                net.eigenvalues[slot],
                 negative,
                 rank,
                 gradient,
@@ -165,7 +134,7 @@ def _derive(
     start: int,
     net: Compact,
     setting: Setting,
-    lanes: Any,
+    lanes: Lanes,
     steps: tuple[np.ndarray, np.ndarray],
     slopes: np.ndarray,
     work: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -173,17 +142,18 @@ def _derive(
     sums: Sums,
 ) -> None:
     """Add the derivatives of -slopes * margins / n to coefficient (N, rows) and to the sums (GroupPass.backward)."""
-    first, row, column = lanes
+    first, row, column = lanes.first, lanes.row, lanes.column
     e, spread = steps
     at_worst, across, _ = work
     height = len(at_worst)
     omega = np.empty(LANES, tau.dtype)
     scale = setting.one / tau.dtype.type(setting.examples)
-    for key in range(len(first) - 1):
-        form, sign = key // 2, -setting.one if key % 2 else setting.one
-        plus, minus, rank = net.plus[form], net.minus[form], net.rank[form]
-        for begin in range(first[key], first[key + 1], LANES):
-            width = min(LANES, first[key + 1] - begin)
+    for index in range(len(lanes.keys)):
+        form, slot = lanes.keys[index] // 2, lanes.slots[index]
+        sign = -setting.one if lanes.keys[index] % 2 else setting.one
+        plus, minus, rank = net.plus[form], net.minus[form], net.rank[slot]
+        for begin in range(first[index], first[index + 1], LANES):
+            width = min(LANES, first[index + 1] - begin)
             here = row[begin : begin + width]
             total = setting.zero
             for l in range(width):
@@ -194,7 +164,7 @@ def _derive(
                 continue
             size = gather(tau, start, net, form, here, at_worst)
             step = tile(e, height, begin, width)
-            product(net.lift[form], step, size, rank, width, across)
+            product(net.lift[slot], step, size, rank, width, across)
             positives = net.offsets[plus + 1] - net.offsets[plus]
             for position in range(size):
                 own = position < positives
@@ -210,7 +180,7 @@ def _derive(
                     projection[l] = omega[l] * (twice * projection[l] + linear)
                 for l in range(width):
                     out[here[l]] += projection[l]
-            in_basis = sums.in_basis[form]
+            in_basis = sums.in_basis[slot]
             add_outer(step, at_worst, rank, size, width, in_basis)
             if setting.blur > setting.zero:
                 around = tile(spread, height, begin, width)
@@ -220,7 +190,96 @@ def _derive(
                         own = position < positives
                         j = net.offsets[plus] + position if own else net.offsets[minus] + position - positives
                         s = sign if own else -sign
-                        in_basis[i, position] += weight * s * net.twice[j] * net.lift[form, position, i]
+                        in_basis[i, position] += weight * s * net.twice[j] * net.lift[slot, position, i]
+
+
+@inner
+def _stage(
+    wanted: np.ndarray,
+    stage: Any,
+    labels: np.ndarray,
+    tau: np.ndarray,
+    start: int,
+    net: Compact,
+    tables: Tables,
+    setting: Setting,
+    sums: Sums,
+    place: np.ndarray,
+    few: Any,
+    work: tuple[np.ndarray, np.ndarray, np.ndarray],
+    margins: np.ndarray,
+) -> Any:
+    """Solve the entries with wanted == stage; returns what their derivatives need."""
+    lanes = gather_lanes(wanted, stage, labels, start, tables, place, few)
+    if few is None:
+        steps = _solve(tau, start, net, setting, lanes, work, margins)
+        return lanes, net, steps, sums, sums.in_basis
+    local, combination, in_basis = factored(net, lanes, setting, few)
+    steps = _solve(tau, start, local, setting, lanes, work, margins)
+    return lanes, local, steps, Sums(sums.losses, in_basis, sums.projections, sums.weights), combination
+
+
+@inner
+def _finish(
+    solved: Any,
+    tau: np.ndarray,
+    start: int,
+    setting: Setting,
+    slopes: np.ndarray,
+    work: tuple[np.ndarray, np.ndarray, np.ndarray],
+    coefficient: np.ndarray,
+    few: Any,
+) -> None:
+    """Add the derivatives of what :func:`_stage` has solved."""
+    lanes, net, steps, sums, combination = solved
+    _derive(tau, start, net, setting, lanes, steps, slopes, work, coefficient, sums)
+    if few is not None:
+        member, row = np.empty(len(few.mixed), np.int64), np.empty(len(few.mixed))
+        for slot in range(len(lanes.keys)):
+            combine_one(net, combination, sums.in_basis, lanes.keys[slot] // 2, slot, member, row, few.mixed)
+
+
+@inner
+def _part(
+    tau: np.ndarray,
+    labels: np.ndarray,
+    start: int,
+    stop: int,
+    net: Compact,
+    tables: Tables,
+    setting: Setting,
+    coefficient: np.ndarray,
+    sums: Sums,
+    place: np.ndarray,
+    few: Any,
+    work: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    """Rows start..stop at once."""
+    margins = np.empty((stop - start, tables.form.shape[1]), tau.dtype)
+    _bounds(tau, labels, start, net, tables, setting, work[0], margins)
+    wanted = np.zeros(margins.shape, np.int8)
+    lowest = np.zeros(len(margins), np.int64)
+    narrow = setting.joint and margins.shape[1] > 1
+    if narrow:
+        mark_lowest(wanted, lowest, setting, margins)
+    else:
+        mark_all(wanted, setting, margins)
+    given = (labels, tau, start, net, tables, setting, sums, place, few, work, margins)
+    first = _stage(wanted, np.int8(1), *given)
+    second = third = first
+    order = np.empty(margins.shape[1], tau.dtype)
+    if narrow:
+        mark_near(wanted, lowest, labels, tau, start, net, tables, setting, few, margins)
+        second = _stage(wanted, np.int8(2), *given)
+        mark_rest(wanted, lowest, setting, margins, order)
+        third = _stage(wanted, np.int8(3), *given)
+    slopes = np.empty_like(margins)
+    for i in range(len(margins)):
+        loss(margins[i], setting, order, slopes[i], sums.losses)
+    _finish(first, tau, start, setting, slopes, work, coefficient, few)
+    if narrow:
+        _finish(second, tau, start, setting, slopes, work, coefficient, few)
+        _finish(third, tau, start, setting, slopes, work, coefficient, few)
 
 
 @entry
@@ -234,45 +293,23 @@ def run(
     setting: Setting,
     coefficient: np.ndarray,
     sums: Sums,
+    few: Any,
 ) -> None:
-    """Rows start..stop of a chunk: projections tau (N, rows) -> coefficients (N, rows) of the rows, and sums."""
-    size, forms = net.lift.shape[1], len(net.plus)
+    """Rows start..stop of a chunk: projections tau (N, rows) -> coefficients (N, rows) of the rows, and sums.
+
+    few is None where all forms are factored; else (:class:`Few`) some rows are worked on at a time, with their forms.
+    """
+    size = net.lift.shape[1]
     work = (
         np.zeros((size, LANES), tau.dtype),
         np.zeros((size, LANES), tau.dtype),
         np.zeros((size + 1, LANES), tau.dtype),
     )
-    margins = np.empty((stop - start, tables.form.shape[0]), tau.dtype)
-    _bounds(tau, labels, start, net, tables, setting, work[0], margins)
-    wanted = np.zeros(margins.shape, np.int8)
-    lowest = np.zeros(len(margins), np.int64)
-    narrow = setting.joint and margins.shape[1] > 1
-    for i in range(len(margins)):
-        if narrow:
-            for k in range(margins.shape[1]):
-                if margins[i, k] < margins[i, lowest[i]]:
-                    lowest[i] = k
-            wanted[i, lowest[i]] = margins[i, lowest[i]] < setting.threshold
-        else:
-            for k in range(margins.shape[1]):
-                wanted[i, k] = margins[i, k] < setting.threshold
-    lanes = _lanes(wanted, np.int8(1), labels, start, tables, forms)
-    steps = _solve(tau, start, net, setting, lanes, work, margins)
-    others, more = lanes, steps
-    if narrow:
-        for i in range(len(margins)):
-            limit = min(setting.threshold, margins[i, lowest[i]] + setting.window)
-            for k in range(margins.shape[1]):
-                if wanted[i, k] == 0 and margins[i, k] < limit:
-                    wanted[i, k] = 2
-        others = _lanes(wanted, np.int8(2), labels, start, tables, forms)
-        more = _solve(tau, start, net, setting, others, work, margins)
-    slopes, order = np.empty_like(margins), np.empty(margins.shape[1], tau.dtype)
-    for i in range(len(margins)):
-        loss(margins[i], setting, order, slopes[i], sums.losses)
     for j in range(len(coefficient)):
         for i in range(start, stop):
             coefficient[j, i] = setting.zero
-    _derive(tau, start, net, setting, lanes, steps, slopes, work, coefficient, sums)
-    if narrow:
-        _derive(tau, start, net, setting, others, more, slopes, work, coefficient, sums)
+    place = np.zeros(2 * len(net.plus), np.int64)
+    rows = max(1, stop - start) if few is None else few.rows
+    for begin in range(start, stop, rows):
+        end = min(begin + rows, stop)
+        _part(tau, labels, begin, end, net, tables, setting, coefficient, sums, place, few, work)

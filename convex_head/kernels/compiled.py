@@ -72,7 +72,11 @@ class Setting(NamedTuple):
 
 
 class Compact(NamedTuple):
-    """The N neurons of a network in a row, function by function, and the factors of its T forms."""
+    """The N neurons of a network in a row, function by function, and the factors of S of its T forms.
+
+    S is T where all forms are factored before the rows are passed over; else it is the number of a few that some rows
+    need (:class:`Lanes`).
+    """
 
     offsets: np.ndarray  # (F + 1,) first neuron of every function
     twice: np.ndarray  # (N,) 2 a beta
@@ -81,15 +85,15 @@ class Compact(NamedTuple):
     root: np.ndarray  # (F, M, M) transpose of a factor of V V'
     plus: np.ndarray  # (T,) functions of every form
     minus: np.ndarray  # (T,) or -1
-    rank: np.ndarray  # (T,)
-    eigenvalues: np.ndarray  # (T, M)
-    lift: np.ndarray  # (T, M, M) P
-    project: np.ndarray  # (T, M, M) P'
-    curvature: np.ndarray  # (2, T) smallest eigenvalue of a form and of its negative, at most 0
+    rank: np.ndarray  # (S,)
+    eigenvalues: np.ndarray  # (S, M)
+    lift: np.ndarray  # (S, M, M) P
+    project: np.ndarray  # (S, M, M) P'
+    curvature: np.ndarray  # (2, T) lower bounds, at most 0, of the eigenvalues of a form and of its negative
 
 
 class Tables(NamedTuple):
-    """Form, sign (1: negative) and rival or function of every (column, label); whether margins are differences."""
+    """Form, sign (1: negative) and rival or function of every (label, column); whether margins are differences."""
 
     form: np.ndarray
     negative: np.ndarray
@@ -97,10 +101,33 @@ class Tables(NamedTuple):
     pairwise: bool
 
 
+class Few(NamedTuple):
+    """What it takes to factor the forms that a few rows need when they need them."""
+
+    gram: np.ndarray  # (N, N) products of the neurons, float64
+    beta: np.ndarray  # (N,) signs
+    a: float
+    rows: int  # how many rows are worked on together
+    mixed: np.ndarray  # (N, N) float64, in which combinations of neurons are added up
+
+
+class Lanes(NamedTuple):
+    """Entries (row, column) of the margins that are solved together, those of a form and sign next to each other.
+
+    Each key is filled up to a multiple of some lanes with column -1.
+    """
+
+    keys: np.ndarray  # (L,) 2 form + negative
+    slots: np.ndarray  # (L,) place of its factors in Compact
+    first: np.ndarray  # (L + 1,) first lane of every key and past the last
+    row: np.ndarray
+    column: np.ndarray
+
+
 class Sums(NamedTuple):
     """What a part of a chunk adds up, float64."""
 
     losses: np.ndarray  # (2,) smoothed, hard
-    in_basis: np.ndarray  # (T, M, M) sums of ehat coefficient'
+    in_basis: np.ndarray  # (S, M, M) sums of ehat coefficient'
     projections: np.ndarray  # (N,) sums of weight times projection at the worst point
     weights: np.ndarray  # (N,) sums of weights

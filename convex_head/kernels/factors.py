@@ -73,6 +73,30 @@ def factor_functions(gram: np.ndarray, net: Compact) -> None:
 
 
 @inner
+def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix; of 2 x 2 by one rotation."""
+    if len(matrix) != 2:
+        return np.linalg.eigh(matrix)
+    p, q, r = matrix[0, 0], matrix[1, 0], matrix[1, 1]
+    if not math.isfinite(p + q + r):
+        raise np.linalg.LinAlgError("Array must not contain infs or NaNs.")
+    tangent = 0.0
+    if q != 0.0:
+        half = (r - p) / (2.0 * q)
+        tangent = math.copysign(1.0, half) / (abs(half) + math.hypot(1.0, half))
+    cosine = 1.0 / math.hypot(1.0, tangent)
+    sine = tangent * cosine
+    values, vectors = np.empty(2), np.empty((2, 2))
+    values[0], values[1] = p - tangent * q, r + tangent * q
+    first = 0 if values[0] <= values[1] else 1
+    vectors[0, first], vectors[1, first] = cosine, -sine
+    vectors[0, 1 - first], vectors[1, 1 - first] = sine, cosine
+    if first == 1:
+        values[0], values[1] = values[1], values[0]
+    return values, vectors
+
+
+@inner
 def _factor_form(gram: np.ndarray, beta: np.ndarray, a: float, rank: int) -> tuple[Any, Any, Any]:
     """Eigenvalues (k,), P (K, k) and Z (K, k) of adversary/margins.py."""
     size = len(gram)
@@ -91,7 +115,7 @@ def _factor_form(gram: np.ndarray, beta: np.ndarray, a: float, rank: int) -> tup
         for i in range(rank):
             for j in range(rank):
                 hessian[i, j] += root[l, i] * weighted[l, j]
-    eigenvalues, y = np.linalg.eigh(hessian)
+    eigenvalues, y = _eigen(hessian)
     lift, combination = np.zeros((size, rank)), np.zeros((size, rank))
     for l in range(size):
         for i in range(rank):
@@ -129,6 +153,38 @@ def _members(net: Compact, form: int, out: np.ndarray) -> int:
     return count
 
 
+@inner
+def factor_one(
+    gram: np.ndarray,
+    beta: np.ndarray,
+    a: float,
+    features: int,
+    net: Compact,
+    combination: np.ndarray,
+    form: int,
+    slot: int,
+    member: np.ndarray,
+) -> None:
+    """Fill the factors of a form at its slot, and combination (S, M, M) float64 with its Z; member has room for N."""
+    size = _members(net, form, member)
+    positive = net.offsets[net.plus[form] + 1] - net.offsets[net.plus[form]]
+    own, signs = np.empty((size, size)), np.empty(size)
+    for i in range(size):
+        signs[i] = beta[member[i]] if i < positive else -beta[member[i]]
+        for j in range(size):
+            own[i, j] = gram[member[i], member[j]]
+    rank = min(features, size)
+    net.rank[slot] = rank
+    if rank == 0:
+        return
+    eigenvalues, lift, z = _factor_form(own, signs, a, rank)
+    for i in range(rank):
+        net.eigenvalues[slot, i] = eigenvalues[i]
+        for j in range(size):
+            net.lift[slot, j, i], net.project[slot, i, j] = lift[j, i], lift[j, i]
+            combination[slot, j, i] = z[j, i]
+
+
 @entry
 def factor(
     gram: np.ndarray,
@@ -140,42 +196,60 @@ def factor(
     part: int,
     parts: int,
 ) -> None:
-    """Fill the factors of every ``parts``-th form, and combination (T, M, M) float64 with their Z."""
+    """Fill the factors of every ``parts``-th form, its curvatures, and combination."""
     member = np.empty(len(gram), np.int64)
     for form in range(part, len(net.plus), parts):
-        size = _members(net, form, member)
-        positive = net.offsets[net.plus[form] + 1] - net.offsets[net.plus[form]]
-        own, signs = np.empty((size, size)), np.empty(size)
-        for i in range(size):
-            signs[i] = beta[member[i]] if i < positive else -beta[member[i]]
+        factor_one(gram, beta, a, features, net, combination, form, form, member)
+        if net.rank[form] > 0:
+            lowest, highest = net.eigenvalues[form, 0], net.eigenvalues[form, net.rank[form] - 1]
+            net.curvature[0, form], net.curvature[1, form] = min(0.0, lowest), min(0.0, -highest)
+
+
+@entry
+def bend_functions(gram: np.ndarray, beta: np.ndarray, a: float, features: int, net: Compact) -> None:
+    """Fill ``net.curvature`` with bounds from the functions of every form: of f - g, f's less g's."""
+    low, high = np.zeros(len(net.base)), np.zeros(len(net.base))
+    for f in range(len(net.base)):
+        begin, end = net.offsets[f], net.offsets[f + 1]
+        rank = min(features, end - begin)
+        if rank > 0:
+            own = np.ascontiguousarray(gram[begin:end, begin:end])
+            eigenvalues, _, _ = _factor_form(own, beta[begin:end], a, rank)
+            low[f], high[f] = min(0.0, eigenvalues[0]), max(0.0, eigenvalues[rank - 1])
+    for form in range(len(net.plus)):
+        plus, minus = net.plus[form], net.minus[form]
+        net.curvature[0, form] = low[plus] - (high[minus] if minus >= 0 else 0.0)
+        net.curvature[1, form] = (low[minus] if minus >= 0 else 0.0) - high[plus]
+
+
+@inner
+def combine_one(
+    net: Compact,
+    combination: np.ndarray,
+    in_basis: np.ndarray,
+    form: int,
+    slot: int,
+    member: np.ndarray,
+    row: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Add Z in_basis of a form to out (N, N): row j has the combination of neurons that moves neuron j."""
+    size, rank = _members(net, form, member), net.rank[slot]
+    z, sums = combination[slot], in_basis[slot]
+    for i in range(size):
+        for j in range(size):
+            row[j] = 0.0
+        for l in range(rank):
+            share = z[i, l]
             for j in range(size):
-                own[i, j] = gram[member[i], member[j]]
-        rank = min(features, size)
-        net.rank[form] = rank
-        if rank == 0:
-            continue
-        eigenvalues, lift, z = _factor_form(own, signs, a, rank)
-        net.curvature[0, form], net.curvature[1, form] = min(0.0, eigenvalues[0]), min(0.0, -eigenvalues[rank - 1])
-        for i in range(rank):
-            net.eigenvalues[form, i] = eigenvalues[i]
-            for j in range(size):
-                net.lift[form, j, i], net.project[form, i, j] = lift[j, i], lift[j, i]
-                combination[form, j, i] = z[j, i]
+                row[j] += share * sums[l, j]
+        for j in range(size):
+            out[member[j], member[i]] += row[j]
 
 
 @entry
 def combine(net: Compact, combination: np.ndarray, in_basis: np.ndarray, out: np.ndarray) -> None:
-    """Add Z in_basis of every form to out (N, N): row j has the combination of neurons that moves neuron j."""
+    """:func:`combine_one` of all forms."""
     member, row = np.empty(len(out), np.int64), np.empty(len(out))
     for form in range(len(net.plus)):
-        size, rank = _members(net, form, member), net.rank[form]
-        z, sums = combination[form], in_basis[form]
-        for i in range(size):
-            for j in range(size):
-                row[j] = 0.0
-            for l in range(rank):
-                share = z[i, l]
-                for j in range(size):
-                    row[j] += share * sums[l, j]
-            for j in range(size):
-                out[member[j], member[i]] += row[j]
+        combine_one(net, combination, in_basis, form, form, member, row, out)

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from convex_head.kernels.compiled import Setting, inner
+
+
+@inner
+def water_level(order: np.ndarray, count: int) -> Any:
+    """Threshold t >= 0 for which the max(0, order - t) sum up to 1 at most; order descends over its first ``count``."""
+    zero = order.dtype.type(0)
+    total, level = zero, zero
+    for c in range(count):
+        total += order[c]
+        excess, number = total - order.dtype.type(1), order.dtype.type(c + 1)
+        if not order[c] * number > excess:
+            break
+        level = max(zero, excess / number)
+    return level
+
+
+@inner
+def insert(order: np.ndarray, count: int, y: Any) -> int:
+    """Put y into the first ``count`` numbers of order, which descend; returns how many there are now."""
+    place = count
+    while place > 0 and order[place - 1] < y:
+        order[place] = order[place - 1]
+        place -= 1
+    order[place] = y
+    return count + 1
 
 
 @inner
@@ -13,7 +40,7 @@ def loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.nd
     zero, one, half, mu = setting.zero, setting.one, setting.half, setting.mu
     smoothed, hard = zero, zero
     if setting.joint:
-        count, total, threshold = 0, zero, zero
+        count = 0
         lowest = margins[0]
         for k in range(len(margins)):
             lowest = min(lowest, margins[k])
@@ -22,20 +49,8 @@ def loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.nd
             # The projection leaves nothing of what is 1 below the largest.
             y = (one - margins[k]) / mu
             if y > zero and y > largest - one:
-                place = count
-                while place > 0 and order[place - 1] < y:
-                    order[place] = order[place - 1]
-                    place -= 1
-                order[place] = y
-                count += 1
-        for c in range(count):
-            total += order[c]
-            excess = total - one
-            number = margins.dtype.type(c + 1)
-            if order[c] * number > excess:
-                threshold = max(zero, excess / number)
-            else:
-                break
+                count = insert(order, count, y)
+        threshold = water_level(order, count)
         for k in range(len(margins)):
             z = one - margins[k]
             s = max(zero, z / mu - threshold)

@@ -15,6 +15,10 @@ def product(left: np.ndarray, right: np.ndarray, rows: int, size: int, width: in
 
     All have room for a multiple of 4, where left is zero beyond ``size`` and out has no meaning beyond ``rows``.
     """
+    if size == 1 and rows == 1:
+        for l in range(width):
+            out[0, l] = left[0, 0] * right[0, l]
+        return
     for i in range(0, rows, 4):
         o0, o1, o2, o3 = out[i], out[i + 1], out[i + 2], out[i + 3]
         for l in range(width):

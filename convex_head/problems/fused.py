@@ -25,6 +25,10 @@ from convex_head.rows import Chunk
 
 # Fewer rows are not worth a thread.
 _ROWS_OF_A_THREAD = 512
+# Where forms are many, those that some rows need are factored for these rows: at most so many of them, and bytes.
+_ROWS_OF_FEW = 512
+_BYTES_OF_FEW = 1 << 28
+_BYTES_OF_A_FACTOR = 24
 
 
 @cache
@@ -36,9 +40,8 @@ def _kernels() -> tuple[Any, ...] | None:
 
 
 def serves(scan: MarginScan, loss: MarginLoss) -> bool:
-    """Whether passes of this scan under this loss have compiled code, which factors all forms at once."""
-    known = loss in LOSSES.values() and not scan.forms.are_many()
-    return known and scan.rows.device.type == "cpu" and _kernels() is not None
+    """Whether passes of this scan under this loss have compiled code."""
+    return loss in LOSSES.values() and scan.rows.device.type == "cpu" and _kernels() is not None
 
 
 class FusedPass:
@@ -83,12 +86,12 @@ class FusedPass:
         self._setting = self._settings(loss, radius, mu, blur, examples)
         self._net = self._compact()
         self._tables = self._compiled.Tables(
-            np.ascontiguousarray(scan.table_form.numpy()),
-            np.ascontiguousarray((scan.table_sign < 0).to(torch.int64).numpy()),
-            np.ascontiguousarray(scan.rival.numpy()),
+            np.ascontiguousarray(scan.table_form.T.numpy()),
+            np.ascontiguousarray((scan.table_sign < 0).to(torch.int64).T.numpy()),
+            np.ascontiguousarray(scan.rival.T.numpy()),
             scan.pairwise,
         )
-        self._combination = np.zeros((len(self._net.plus), *self._net.lift.shape[1:]))
+        self._combination = np.zeros(self._net.lift.shape)
         self._at_examples = torch.zeros_like(self._bulk)
 
     def _settings(self, loss: MarginLoss, radius: float, mu: float, blur: float, examples: int) -> Any:
@@ -112,6 +115,7 @@ class FusedPass:
         minus = np.full_like(plus, -1) if self._scan.forms.minus is None else self._scan.forms.minus.numpy()
         size = int((counts[plus] + np.where(minus >= 0, counts[minus], 0)).max())
         wide, own = -4 * (-size // 4), -4 * (-int(counts.max()) // 4)
+        factored = 0 if self._scan.forms.are_many() else len(plus)
         base = np.bincount(self._alive.numpy() // m, weights=c * beta * nu**2, minlength=functions)
         return self._compiled.Compact(
             offsets=offsets,
@@ -121,10 +125,10 @@ class FusedPass:
             root=np.zeros((functions, own, own), real),
             plus=plus,
             minus=minus,
-            rank=np.zeros(len(plus), np.int64),
-            eigenvalues=np.zeros((len(plus), wide), real),
-            lift=np.zeros((len(plus), wide, wide), real),
-            project=np.zeros((len(plus), wide, wide), real),
+            rank=np.zeros(factored, np.int64),
+            eigenvalues=np.zeros((factored, wide), real),
+            lift=np.zeros((factored, wide, wide), real),
+            project=np.zeros((factored, wide, wide), real),
             curvature=np.zeros((2, len(plus)), real),
         )
 
@@ -146,12 +150,22 @@ class FusedPass:
 
     def _factor(self, pool: ThreadPoolExecutor) -> None:
         gram = (self._vectors @ self._vectors.mT).numpy()
-        given = (gram, self._beta, self._scan.coefficients[0], self._scan.rows.d, self._net, self._combination)
+        a, d, net = self._scan.coefficients[0], self._scan.rows.d, self._net
+        given, threads = (gram, self._beta, a, d, net), range(self._threads)
         try:
-            self._factors.factor_functions(gram, self._net)
-            self._share(pool, self._factors.factor, [(*given, part, self._threads) for part in range(self._threads)])
+            self._factors.factor_functions(gram, net)
+            if self._scan.forms.are_many():
+                self._factors.bend_functions(*given)
+            else:
+                calls = [(*given, self._combination, part, self._threads) for part in threads]
+                self._share(pool, self._factors.factor, calls)
         except np.linalg.LinAlgError as fault:
             raise torch.linalg.LinAlgError(str(fault)) from fault
+        self._few: list[Any] = [None for _ in threads]
+        if self._scan.forms.are_many():
+            bytes_of_a_row = _BYTES_OF_A_FACTOR * self._scan.num_margins * net.lift.shape[1] ** 2
+            rows = max(1, min(_ROWS_OF_FEW, _BYTES_OF_FEW // max(1, bytes_of_a_row)))
+            self._few = [self._compiled.Few(gram, self._beta, a, rows, np.zeros_like(gram)) for _ in threads]
 
     def _work(self, chunk: Chunk, tau: np.ndarray, coefficient: np.ndarray, pool: ThreadPoolExecutor) -> None:
         n = len(chunk.x)
@@ -162,7 +176,7 @@ class FusedPass:
         self._share(
             pool,
             self._chunk.run,
-            [(tau, labels, edges[i], edges[i + 1], *given, self._sums[i]) for i in range(parts)],
+            [(tau, labels, edges[i], edges[i + 1], *given, self._sums[i], self._few[i]) for i in range(parts)],
         )
 
     @staticmethod
@@ -182,8 +196,11 @@ class FusedPass:
         losses, in_basis, projections, weights = (
             sum(found[1:], start=found[0]) for found in zip(*self._sums, strict=True)
         )
-        mixed = np.zeros((len(self._beta), len(self._beta)))
-        self._factors.combine(self._net, self._combination, in_basis, mixed)
+        if self._scan.forms.are_many():
+            mixed = sum(few.mixed for few in self._few)
+        else:
+            mixed = np.zeros((len(self._beta), len(self._beta)))
+            self._factors.combine(self._net, self._combination, in_basis, mixed)
         on_self = self._beta * (b * projections / np.maximum(self._nu, self._setting.tiny) + 2 * c * weights)
         self.losses, self._mixed, self._on_self = (torch.from_numpy(part) for part in (losses, mixed, on_self))
 

@@ -53,6 +53,16 @@ class MarginLoss:
         """How far above the smallest margin of its example a margin can lie and still have a slope at width mu."""
         return mu if self.joint else math.inf
 
+    def near(self, margins: Tensor, width: float) -> Tensor:
+        """(n, k), k <= K: of each example at least the margins within width of its smallest, which alone have a slope.
+
+        All of them where the loss is a sum over k.
+        """
+        if not self.joint:
+            return margins
+        count = int((margins <= margins.amin(-1, keepdim=True) + width).sum(-1).amax())
+        return margins if 2 * count > margins.shape[-1] else margins.topk(count, largest=False, sorted=False).values
+
     def value(self, margins: Tensor, num_classes: int) -> Tensor:
         """Loss of each example; margins (n, K) -> (n,)."""
         z = (1 - margins).clamp_min(0)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -270,7 +271,7 @@ class PolynomialProblem:
             bound[0] += (slopes * (1 - margins)).double().sum()
             bound[1] += self._hard(margins).double().sum()
             if blur == 0:
-                at_scales += losses_at_scales(margins, self._hard)
+                at_scales += losses_at_scales(self._loss.near(margins, 0.0), self._hard)
             free = self._loss.free(slopes, self.num_classes)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
@@ -279,7 +280,7 @@ class PolynomialProblem:
                     bound[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
             for _, _, margins, _ in self._scan.passes(spectra, self.radius, _EXACT, window=self._loss.window(0.0)):
-                at_scales += losses_at_scales(margins, self._hard)
+                at_scales += losses_at_scales(self._loss.near(margins, 0.0), self._hard)
         self.shard.sum(bound, at_scales, sums.point.mass, sums.point.moments)
         penalty = self.reg * float(packed.vectors.double().square().sum())
         scale, primal = best_scale(objectives(at_scales, self.n, penalty))
@@ -322,7 +323,8 @@ class PolynomialProblem:
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
         spectra = self._scan.spectra(self.pack(network))
         for _, _, margins, _ in self._scan.passes(spectra, self.radius, _EXACT):
-            at_scales += losses_at_scales(margins, lambda w: self._loss.smoothed(w, self.num_classes, mu)[0])
+            near = self._loss.near(margins, mu / SCALES[0])
+            at_scales += losses_at_scales(near, lambda w: self._loss.smoothed(w, self.num_classes, mu)[0])
         self.shard.sum(at_scales)
         values = objectives(at_scales, self.n, self.reg * float(network.norm))
         return replace(network, weights=network.weights * interpolated_scale(values))
@@ -335,18 +337,17 @@ class PolynomialProblem:
         """``neurons`` random unit neurons of each sign for every function, small output weights."""
         return starts.random_network(self.num_functions, self.d, neurons, seed, self._device)
 
-    def mean_network(self) -> Network:
-        """One neuron a function, from the mean of all examples towards that of its class, output weight 1."""
-        sums = torch.zeros(self.num_functions, self.d, dtype=torch.float64, device=self._device)
-        counts = torch.zeros(self.num_functions, 1, dtype=torch.float64, device=self._device)
+    def discriminant_network(self) -> Network:
+        """One neuron a function, along the linear discriminant of its class, output weight 1 (problems/starts.py)."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self._device)
+        sums, counts = zeros(self.num_functions, self.d), zeros(self.num_functions)
+        second = zeros(self.d, self.d)
         for chunk in self._rows:
             sums.index_add_(0, chunk.labels, chunk.x.double())
-            counts.view(-1).index_add_(0, chunk.labels, torch.ones_like(chunk.labels, dtype=torch.float64))
-        self.shard.sum(sums, counts)
-        directions = sums / counts.clamp_min(1) - sums.sum(0) / self.n
-        directions /= directions.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        functions = torch.arange(self.num_functions, device=self._device)
-        return Network(directions, torch.ones_like(directions[:, 0]), functions)
+            counts.index_add_(0, chunk.labels, torch.ones_like(chunk.labels, dtype=torch.float64))
+            second += (chunk.x.mT @ chunk.x).double()
+        self.shard.sum(sums, counts, second)
+        return starts.discriminant_network(sums, counts, second)
 
     def _moments(self) -> MomentSums:
         settings: dict[str, Any] = {"num_functions": self.num_functions, "coefficients": self.coefficients}

@@ -35,6 +35,8 @@ from convex_head.solvers.curvature import CurvatureMemory
 from convex_head.solvers.lbfgs import minimise
 
 _FIRST_WIDTH = 0.3
+# With many classes more margins of an example lie within the width, and each costs a worst case.
+_FIRST_WIDTH_OF_MANY = 0.1
 _NEURONS = 8
 _ALL_NEURONS = 96
 _MANY = 96
@@ -61,6 +63,7 @@ _REPAIR_SHARE = 3.0
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
 _FIRST_SAMPLE = 4096
+_SAMPLE_OF_FUNCTION = 32
 _SAMPLE_GROWTH = 4
 _LEAST_FACTOR = 2.5
 _SAMPLE_TOL = 0.1
@@ -99,14 +102,15 @@ class ColumnGeneration(Solver):
         else:
             mu = _FIRST_WIDTH
             if problem.num_functions > _MANY:
-                # Near the zero network every pair of classes is at work; from the class means few are.
-                network = problem.fit_scale(problem.mean_network(), mu)
+                mu = _FIRST_WIDTH_OF_MANY
+                # Near the zero network every pair of classes is at work; from discriminants few are.
+                network = problem.fit_scale(problem.discriminant_network(), mu)
             elif self._is_zero_optimal(problem, mu, run):
                 return
             else:
                 network = problem.random_network(self._width(problem), run.seed)
             try:
-                for size in _sample_sizes(problem.n):
+                for size in _sample_sizes(problem.n, problem.num_functions):
                     part = problem.sample(size, run.seed)
                     trial = run.trial(max(_SAMPLE_TOL, run.tol))
                     network, mu, accuracy = self._iterate(part, trial, network, mu, accuracy)
@@ -258,9 +262,9 @@ class ColumnGeneration(Solver):
         )
 
 
-def _sample_sizes(n: int) -> list[int]:
+def _sample_sizes(n: int, functions: int) -> list[int]:
     sizes = []
-    size = _FIRST_SAMPLE
+    size = max(_FIRST_SAMPLE, _SAMPLE_OF_FUNCTION * functions)
     while size * _LEAST_FACTOR <= n:
         sizes.append(size)
         size *= _SAMPLE_GROWTH

@@ -1,0 +1,82 @@
+"""Compiled passes where forms are many and are factored for the rows that need them, against the torch ones."""
+
+from dataclasses import replace
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from test_fused import always, both, cases, check, evaluations, make, network
+from test_fused import test_hard_cases_of_whole_networks as check_hard_cases
+from test_fused import test_odd_networks as check_odd_networks
+
+from convex_head.kernels import factors
+from convex_head.problems import fused
+from convex_head.problems.losses import LOSSES
+
+__all__ = ["always"]
+
+
+@pytest.fixture(params=[1, 7, 512], ids=lambda rows: f"{rows}-rows")
+def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of forms is many: they are factored for the rows that need them, so many rows at a time."""
+    monkeypatch.setattr("convex_head.adversary.margins._EAGER_FORMS", 0)
+    monkeypatch.setattr(fused, "_ROWS_OF_FEW", request.param)
+
+
+@pytest.mark.usefixtures("many")
+@both
+@cases
+def test_it_is_the_torch_pass_where_forms_are_many(classes: int, loss: str, dtype: torch.dtype, tol: float) -> None:
+    for n, d, neurons in ((60, 4, 12), (90, 5, 40), (17, 30, 20)):
+        problem = make(n, d, classes, loss, dtype=dtype)
+        packed = problem.pack(network(d, problem.num_functions, neurons))
+        for mu, blur in ((0.3, 0.0), (0.3, 0.01), (0.003, 0.01)):
+            check(evaluations(problem, packed, mu, blur), tol * (1 if mu > 0.1 else 30))
+
+
+@pytest.mark.usefixtures("many")
+def test_odd_networks_where_forms_are_many() -> None:
+    check_odd_networks(4, "crammer_singer")
+    check_hard_cases(3, "crammer_singer")
+
+
+def test_rows_are_few_where_their_forms_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(30, 4, 4, "crammer_singer")
+    packed = problem.pack(network(4, 4, 12))
+    expected = evaluations(problem, packed, 0.3)[1]
+    monkeypatch.setattr("convex_head.adversary.margins._EAGER_FORMS", 0)
+    monkeypatch.setattr(fused, "_BYTES_OF_FEW", 1)
+    found = fused.FusedPass(
+        problem._scan, packed, LOSSES["crammer_singer"], radius=0.4, mu=0.3, blur=0.0, examples=problem.n
+    )
+    found.run()
+    assert {few.rows for few in found._few} == {1}
+    assert float(found.losses[1]) / 30 + 0.02 * float(packed.vectors.square().sum()) == pytest.approx(expected.hard)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_hundred_classes_with_margins_everywhere() -> None:
+    """Satisfied, near the smallest, far from it, and several that share the simplex."""
+    problem = make(400, 12, 100, "crammer_singer", radius=0.2)
+    assert problem._scan.forms.are_many()
+    for scale in (0.03, 1.0, 30.0):
+        net = problem.discriminant_network()
+        packed = problem.pack(replace(net, weights=net.weights * scale))
+        for mu in (0.5, 0.05, 0.005):
+            check(evaluations(problem, packed, mu, problem.blur(mu)), 1e-10)
+
+
+@pytest.mark.parametrize("matrix", [[[2.0, 0.0], [0.0, 1.0]], [[1.0, 3.0], [3.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+def test_eigenvalues_of_two_by_two(matrix: list[list[float]]) -> None:
+    given = np.array(matrix)
+    values, vectors = eigen(given)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(given), atol=1e-14)
+    np.testing.assert_allclose(vectors @ np.diag(values) @ vectors.T, given, atol=1e-14)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(2), atol=1e-14)
+
+
+@numba.njit
+def eigen(matrix: Any) -> Any:
+    return factors._eigen(matrix)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.fashion_mnist                                    the full design: days on two cores
     python -m benchmarks.fashion_mnist --backbones sam --seeds 0          a part; finished cells are kept
+    python -m benchmarks.fashion_mnist --known leaderboard/entries        goes on from the cells that are published
     python -m benchmarks.fashion_mnist --report                           table and figure of what is finished
     python -m benchmarks.fashion_mnist --quick                            the same path in a minute
 
@@ -37,6 +38,7 @@ from convex_head.evaluate import evaluate
 from convex_head.examples import adversarial_examples
 from convex_head.head import ConvexRobustHead
 from convex_head.records import EvalRecord
+from convex_head.report.entries import load_entries
 from convex_head.splice import SplicedModel
 from convex_head.threat import ThreatModel
 
@@ -199,6 +201,19 @@ def measure(plan: Plan, cell: Cell, folder: Path) -> EvalRecord:
     return record
 
 
+def take_known(folder: Path, entries: Path) -> int:
+    """Copy the cells that a leaderboard has, and ``folder`` has not, into it; returns how many there were."""
+    taken = 0
+    for entry in load_entries(entries):
+        cell = entry.record.metadata.get("cell")
+        path = folder / "records" / Cell(**cell).file if isinstance(cell, dict) else None
+        if path is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entry.record.save(path)
+            taken += 1
+    return taken
+
+
 def finished(folder: Path) -> list[EvalRecord]:
     """Every record that is there."""
     return [EvalRecord.load(path) for path in sorted((folder / "records").glob("*.json"))]
@@ -216,6 +231,7 @@ def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     extra.add_argument("--attacks", choices=ATTACKS)
     extra.add_argument("--n", type=int, help="test points")
     extra.add_argument("--folder", type=Path, help="where backbones, heads and records are kept")
+    extra.add_argument("--known", type=Path, help="folder of leaderboard entries whose cells count as finished")
     extra.add_argument("--report", action="store_true", help="run nothing")
     options = arguments(NAME, __doc__, argv, extra=extra)
     plan = QUICK if options.quick else Plan()
@@ -232,6 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then write table and figure of what is there."""
     options, plan = parsed(argv)
     folder = options.folder or (Path("runs") / (f"{NAME}-quick" if options.quick else NAME))
+    if options.known:
+        messages().print(f"{take_known(folder, options.known)} finished cells are taken from {options.known}")
     if not options.report:
         _run(plan, folder)
     report(options, finished(folder))

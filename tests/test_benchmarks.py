@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,21 @@ def test_fashion_mnist_keeps_finished_cells(published):
     assert by["mlp_at"]["backwards_fit"] > 0 and by["convex"]["backwards_fit"] == 0
     run("fashion_mnist", "--folder", str(folder), "--out", str(folder))
     assert records(folder) == first
+
+
+def test_fashion_mnist_goes_on_from_a_leaderboard(published, tmp_path):
+    from benchmarks.fashion_mnist import finished, take_known
+    from convex_head.report.entries import Entry
+
+    records = finished(published("fashion_mnist"))
+    entries = tmp_path / "entries"
+    for record in records:
+        Entry.from_record(record).save(entries)
+    other = replace(records[0], name="other", metadata={})
+    Entry.from_record(other).save(entries)
+    assert take_known(tmp_path, entries) == len(records)
+    assert finished(tmp_path) == records
+    assert take_known(tmp_path, entries) == 0
 
 
 def test_fashion_mnist_records_can_be_checked_and_repeated(published, monkeypatch):

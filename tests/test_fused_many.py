@@ -1,6 +1,7 @@
 """Compiled passes where forms are many and are factored for the rows that need them, against the torch ones."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,6 +15,7 @@ from test_fused import test_odd_networks as check_odd_networks
 from convex_head.kernels import factors
 from convex_head.problems import fused
 from convex_head.problems.losses import LOSSES
+from convex_head.problems.polynomial import PolynomialProblem
 
 __all__ = ["always"]
 
@@ -80,3 +82,19 @@ def test_eigenvalues_of_two_by_two(matrix: list[list[float]]) -> None:
 @numba.njit
 def eigen(matrix: Any) -> Any:
     return factors._eigen(matrix)
+
+
+@pytest.mark.usefixtures("always")
+def test_streamed_rows_are_put_in_the_order_of_their_labels(tmp_path: Path) -> None:
+    whole = make(300, 5, 60, "crammer_singer")
+    assert whole._scan.forms.are_many()
+    np.save(tmp_path / "x.npy", whole.features.numpy())
+    features = np.load(tmp_path / "x.npy", mmap_mode="r")
+    options = {"num_classes": 60, "radius": 0.4, "reg": 0.02, "loss": "crammer_singer"}
+    streamed = PolynomialProblem(features, whole.labels, stream=True, chunk_rows=128, **options)
+    packed = whole.pack(network(5, 60, 90))
+    expected = whole.evaluate(packed, 0.3, 0.01)
+    check((streamed.evaluate(packed, 0.3, 0.01), expected), 1e-11)
+    orders = [fused._by_label(chunk).labels for chunk in streamed._rows]
+    assert all((labels.diff() >= 0).all() for labels in orders)
+    assert not all((chunk.labels.diff() >= 0).all() for chunk in streamed._rows)

@@ -44,6 +44,12 @@ def serves(scan: MarginScan, loss: MarginLoss) -> bool:
     return loss in LOSSES.values() and scan.rows.device.type == "cpu" and _kernels() is not None
 
 
+def _by_label(chunk: Chunk) -> Chunk:
+    """The rows of a streamed chunk in another order, in which those of a label need the same forms."""
+    order = torch.argsort(chunk.labels, stable=True)
+    return Chunk(chunk.rows, chunk.x[order], chunk.labels[order])
+
+
 class FusedPass:
     """Smoothed and hard loss of all rows, and the gradient of the smoothed one in the packed vectors (F, m, d).
 
@@ -141,6 +147,8 @@ class FusedPass:
             width = len(self._bulk)
             buffers = torch.empty(2, width * rows, dtype=self._bulk.dtype)
             for chunk in self._scan.rows:
+                if self._scan.rows.stream and self._scan.forms.are_many():
+                    chunk = _by_label(chunk)
                 shape = width, len(chunk.x)
                 tau, coefficient = (buffer[: width * len(chunk.x)].view(shape) for buffer in buffers)
                 torch.mm(self._bulk, chunk.x.mT, out=tau)

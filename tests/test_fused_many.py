@@ -13,6 +13,7 @@ from test_fused import test_hard_cases_of_whole_networks as check_hard_cases
 from test_fused import test_odd_networks as check_odd_networks
 
 from convex_head.kernels import factors
+from convex_head.kernels import loss as kernel_loss
 from convex_head.problems import fused
 from convex_head.problems.losses import LOSSES
 from convex_head.problems.polynomial import PolynomialProblem
@@ -98,3 +99,25 @@ def test_streamed_rows_are_put_in_the_order_of_their_labels(tmp_path: Path) -> N
     orders = [fused._by_label(chunk).labels for chunk in streamed._rows]
     assert all((labels.diff() >= 0).all() for labels in orders)
     assert not all((chunk.labels.diff() >= 0).all() for chunk in streamed._rows)
+
+
+@numba.njit
+def losses(margins: Any, setting: Any, slopes: Any, sums: Any) -> None:
+    order = np.empty(margins.shape[1], margins.dtype)
+    for i in range(len(margins)):
+        kernel_loss.loss(margins[i], setting, order, slopes[i], sums[i])
+
+
+@pytest.mark.parametrize("base", [0.0, 0.9999, -5.0])
+def test_the_loss_of_many_tied_margins_in_single_precision(base: float) -> None:
+    problem, loss = make(5, 3, 3, "crammer_singer", dtype=torch.float32), LOSSES["crammer_singer"]
+    packed = problem.pack(network(3, 3, 6))
+    for mu in (0.1, 1e-2, 1e-3, 1e-4):
+        setting = fused.FusedPass(problem._scan, packed, loss, radius=0.4, mu=mu, blur=0.0, examples=5)._setting
+        for spread in (0.0, 0.1 * mu, mu, 10 * mu):
+            margins = (base + spread * np.random.default_rng(0).random((20, 999))).astype(np.float32)
+            slopes, sums = np.empty_like(margins), np.zeros((20, 2))
+            losses(margins, setting, slopes, sums)
+            value, expected = loss.smoothed(torch.from_numpy(margins).double(), 1000, mu)
+            np.testing.assert_allclose(slopes.sum(1, dtype=float), expected.sum(1).numpy(), atol=5e-3)
+            np.testing.assert_allclose(sums[:, 0], value.numpy(), rtol=5e-3, atol=1e-6)

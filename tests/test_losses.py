@@ -103,6 +103,21 @@ def test_two_classes_mean_the_hinge(loss: MarginLoss) -> None:
     torch.testing.assert_close(slopes[:, 0], (z / 0.5).clamp(0, 1))
 
 
+@pytest.mark.parametrize("base", [0.0, 0.9999, 1.0, -5.0])
+@pytest.mark.parametrize("mu", [0.1, 1e-2, 1e-3, 1e-4])
+def test_slopes_of_single_precision_are_in_the_set(mu: float, base: float) -> None:
+    """A bound takes them for a point of the simplex, so they may not sum up to more than 1 where many margins tie."""
+    loss = LOSSES["crammer_singer"]
+    for spread in (0.0, 0.1 * mu, mu, 10 * mu):
+        generator = torch.Generator().manual_seed(0)
+        margins = (base + spread * torch.rand(20, 999, generator=generator)).float()
+        value, slopes = loss.smoothed(margins, 1000, mu)
+        expected, exact = loss.smoothed(margins.double(), 1000, mu)
+        assert slopes.double().sum(1).amax() <= 1 + 1e-6
+        torch.testing.assert_close(slopes.double().sum(1), exact.sum(1), rtol=0, atol=2e-3)
+        torch.testing.assert_close(value.double(), expected, rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("width", [0.0, 0.2, 10.0])
 def test_near_margins_have_the_whole_loss(loss: MarginLoss, width: float) -> None:

@@ -10,16 +10,15 @@ from convex_head.kernels.compiled import Setting, inner
 
 
 @inner
-def water_level(order: np.ndarray, count: int) -> Any:
-    """Threshold t >= 0 for which the max(0, order - t) sum up to 1 at most; order descends over its first ``count``."""
-    zero = order.dtype.type(0)
-    total, level = zero, zero
+def water_level(order: np.ndarray, count: int, least: Any) -> Any:
+    """Level >= least at which the max(0, order - level) sum up to 1 at most; order descends up to ``count``."""
+    total, level = order.dtype.type(0), least
     for c in range(count):
         total += order[c]
         excess, number = total - order.dtype.type(1), order.dtype.type(c + 1)
         if not order[c] * number > excess:
             break
-        level = max(zero, excess / number)
+        level = max(least, excess / number)
     return level
 
 
@@ -40,22 +39,19 @@ def loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.nd
     zero, one, half, mu = setting.zero, setting.one, setting.half, setting.mu
     smoothed, hard = zero, zero
     if setting.joint:
-        count = 0
-        lowest = margins[0]
+        count, lowest = 0, margins[0]
         for k in range(len(margins)):
             lowest = min(lowest, margins[k])
-        largest = (one - lowest) / mu
         for k in range(len(margins)):
             # The projection leaves nothing of what is 1 below the largest.
-            y = (one - margins[k]) / mu
-            if y > zero and y > largest - one:
+            y = (lowest - margins[k]) / mu
+            if y > -one and margins[k] < one:
                 count = insert(order, count, y)
-        threshold = water_level(order, count)
+        level = water_level(order, count, (lowest - one) / mu)
         for k in range(len(margins)):
-            z = one - margins[k]
-            s = max(zero, z / mu - threshold)
+            s = max(zero, (lowest - margins[k]) / mu - level)
             slopes[k] = s
-            smoothed += s * z - half * mu * s * s
+            smoothed += s * (one - margins[k]) - half * mu * s * s
         hard = max(zero, one - lowest)
     else:
         for k in range(len(margins)):

@@ -91,11 +91,15 @@ def mark_rest(wanted: np.ndarray, lowest: np.ndarray, setting: Setting, margins:
     """Mark with 3 what can still have a slope: what is exact already has taken a part of the simplex."""
     slack = setting.window - setting.mu
     for i in range(len(margins)):
-        count = 0
+        count, smallest = 0, setting.one
+        for k in range(margins.shape[1]):
+            if wanted[i, k] != 0:
+                smallest = min(smallest, margins[i, k])
         for k in range(margins.shape[1]):
             if wanted[i, k] != 0 and margins[i, k] < setting.one:
-                count = insert(order, count, (setting.one - margins[i, k]) / setting.mu)
-        limit = setting.one - setting.mu * water_level(order, count) + slack
+                count = insert(order, count, (smallest - margins[i, k]) / setting.mu)
+        level = water_level(order, count, (smallest - setting.one) / setting.mu)
+        limit = smallest - setting.mu * level + slack + setting.tol * max(setting.one, abs(smallest))
         limit = min(limit, setting.threshold, margins[i, lowest[i]] + setting.window)
         for k in range(margins.shape[1]):
             if wanted[i, k] == 0 and margins[i, k] < limit:

@@ -72,7 +72,9 @@ class MarginLoss:
         """Smoothed loss (n,) and its slopes s (n, K), -d loss / d margin, a point of S for each example."""
         z = 1 - margins
         if self.joint:
-            s = project_simplex(z / mu)
+            lowest = margins.amin(-1, keepdim=True)
+            # Differences of margins are exact where 1 - margin would be rounded, and then be divided by mu.
+            s = project_simplex((lowest - margins) / mu, (1 - lowest) / mu)
             return (s * z).sum(-1) - 0.5 * mu * s.square().sum(-1), s
         share = self.share(num_classes)
         s = (z / mu).clamp(0, 1)
@@ -86,17 +88,18 @@ class MarginLoss:
         return (slopes > 0) & (slopes < self.share(num_classes))
 
 
-def project_simplex(y: Tensor) -> Tensor:
-    """Euclidean projection of each row onto {s >= 0, sum s <= 1}; (n, K) -> (n, K)."""
-    positive = y.clamp_min(0)
-    if y.shape[-1] == 1:
-        return positive.clamp_max(1)
+def project_simplex(y: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """Euclidean projection of each row of y + shift onto {s >= 0, sum s <= 1}; (n, K), shift (n, 1) -> (n, K).
+
+    No row sums up to more than 1, but for the rounding of its division: a bound needs a point of the set.
+    """
     ordered = y.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
     count = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
     support = (ordered * count > excess).sum(-1, keepdim=True).clamp_min(1)
-    threshold = excess.gather(-1, support - 1) / support
-    return (y - threshold.clamp_min(0)).clamp_min(0)
+    level = torch.maximum(excess.gather(-1, support - 1) / support, -torch.as_tensor(shift, dtype=y.dtype).to(y.device))
+    s = (y - level).clamp_min(0)
+    return s / s.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1).to(y.dtype)
 
 
 LOSSES: dict[str, MarginLoss] = {

@@ -268,8 +268,10 @@ def test_many_classes_start_from_their_discriminants() -> None:
     start = problem.discriminant_network()
     centres = torch.stack([features[labels == c].mean(0) for c in range(100)])
     within = (features - centres[labels]).T @ (features - centres[labels]) / 400
-    within += 0.3 * within.trace() / 6 * torch.eye(6, dtype=torch.float64)
-    expected = (centres - features.mean(0)) @ torch.linalg.inv(within)
+    means = centres - features.mean(0)
+    between = means.square().sum() / 100
+    within += (0.3 * within.trace() + 1e-3 * between) / 6 * torch.eye(6, dtype=torch.float64)
+    expected = means @ torch.linalg.inv(within)
     torch.testing.assert_close(start.directions, expected / expected.norm(dim=1, keepdim=True))
     assert torch.equal(start.function, torch.arange(100)) and (start.weights == 1).all()
     result = get_solver("column_generation").solve(problem, tol=0.3, max_seconds=60)
@@ -278,12 +280,17 @@ def test_many_classes_start_from_their_discriminants() -> None:
     assert result.primal < 0.9 * problem.objective(problem.zero_network())
 
 
-def test_a_class_without_examples_has_a_discriminant() -> None:
-    problem = PolynomialProblem(torch.eye(4), torch.tensor([0, 1, 2, 2]), num_classes=4, radius=0.1, reg=0.01)
-    start = problem.discriminant_network()
-    torch.testing.assert_close(start.directions.norm(dim=1), torch.ones(4, dtype=torch.float64))
-    constant = PolynomialProblem(torch.ones(3, 4), torch.tensor([0, 1, 2]), num_classes=3, radius=0.1, reg=0.01)
-    assert torch.equal(constant.discriminant_network().directions, torch.zeros(3, 4, dtype=torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_discriminants_of_odd_data(dtype: torch.dtype) -> None:
+    """One example a class, far from the origin, missing classes, constant features: unit directions, class means."""
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100
+    labels = torch.arange(60)
+    single = PolynomialProblem(x, labels, num_classes=61, radius=0.1, reg=0.01, dtype=dtype).discriminant_network()
+    expected = x - x.mean(0)
+    torch.testing.assert_close(single.directions[:60], expected / expected.norm(dim=1, keepdim=True), rtol=0, atol=1e-4)
+    constant = PolynomialProblem(torch.ones(3, 4), torch.arange(3), num_classes=3, radius=0.1, reg=0.01, dtype=dtype)
+    for net in (single, constant.discriminant_network()):
+        torch.testing.assert_close(net.directions.norm(dim=1), torch.ones(len(net.weights), dtype=torch.float64))
 
 
 def test_samples_have_examples_of_every_class() -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -339,15 +338,7 @@ class PolynomialProblem:
 
     def discriminant_network(self) -> Network:
         """One neuron a function, along the linear discriminant of its class, output weight 1 (problems/starts.py)."""
-        zeros = partial(torch.zeros, dtype=torch.float64, device=self._device)
-        sums, counts = zeros(self.num_functions, self.d), zeros(self.num_functions)
-        second = zeros(self.d, self.d)
-        for chunk in self._rows:
-            sums.index_add_(0, chunk.labels, chunk.x.double())
-            counts.index_add_(0, chunk.labels, torch.ones_like(chunk.labels, dtype=torch.float64))
-            second += (chunk.x.mT @ chunk.x).double()
-        self.shard.sum(sums, counts, second)
-        return starts.discriminant_network(sums, counts, second)
+        return starts.discriminant_network(self._rows, self.num_functions, self.n, self.shard)
 
     def _moments(self) -> MomentSums:
         settings: dict[str, Any] = {"num_functions": self.num_functions, "coefficients": self.coefficients}

@@ -12,6 +12,7 @@ from test_fused import always, both, cases, check, evaluations, make, network
 from test_fused import test_hard_cases_of_whole_networks as check_hard_cases
 from test_fused import test_odd_networks as check_odd_networks
 
+from convex_head.adversary.margins import PackedNetwork
 from convex_head.kernels import factors
 from convex_head.kernels import loss as kernel_loss
 from convex_head.problems import fused
@@ -121,3 +122,12 @@ def test_the_loss_of_many_tied_margins_in_single_precision(base: float) -> None:
             value, expected = loss.smoothed(torch.from_numpy(margins).double(), 1000, mu)
             np.testing.assert_allclose(slopes.sum(1, dtype=float), expected.sum(1).numpy(), atol=5e-3)
             np.testing.assert_allclose(sums[:, 0], value.numpy(), rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("many", "always")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
+def test_numbers_without_factors_are_the_fault_that_solvers_know(value: float) -> None:
+    problem = make(20, 3, 4, "crammer_singer")
+    packed = problem.pack(network(3, 4, 12))
+    with pytest.raises(torch.linalg.LinAlgError):
+        problem.evaluate(PackedNetwork.of(packed.vectors * value, packed.signs), 0.1)

@@ -130,6 +130,11 @@ def test_near_margins_have_the_whole_loss(loss: MarginLoss, width: float) -> Non
             torch.testing.assert_close(loss.smoothed(near, 31, mu)[0], loss.smoothed(margins, 31, mu)[0])
 
 
+def test_near_margins_hide_no_fault() -> None:
+    loss, margins = LOSSES["crammer_singer"], torch.tensor([[torch.nan, 0.5, 3, 3, 3], [0.1, 2, 2, 2, 2]])
+    torch.testing.assert_close(loss.value(loss.near(margins, 0.0), 6), loss.value(margins, 6), equal_nan=True)
+
+
 def test_unknown_loss_is_named() -> None:
     with pytest.raises(UnknownLossError, match=r"one of crammer_singer, multi_margin, one_vs_rest; found 'hinge'"):
         get_loss("hinge")

@@ -139,7 +139,17 @@ class FusedPass:
         )
 
     def run(self) -> None:
-        """Pass over all rows."""
+        """Pass over all rows.
+
+        Raises:
+            torch.linalg.LinAlgError: a form has no factors, because its numbers are not finite or nearly so.
+        """
+        try:
+            self._run()
+        except np.linalg.LinAlgError as fault:
+            raise torch.linalg.LinAlgError(str(fault)) from fault
+
+    def _run(self) -> None:
         with ThreadPoolExecutor(self._threads) as pool:
             self._factor(pool)
             self._sums = [self._empty() for _ in range(self._threads)]
@@ -160,15 +170,12 @@ class FusedPass:
         gram = (self._vectors @ self._vectors.mT).numpy()
         a, d, net = self._scan.coefficients[0], self._scan.rows.d, self._net
         given, threads = (gram, self._beta, a, d, net), range(self._threads)
-        try:
-            self._factors.factor_functions(gram, net)
-            if self._scan.forms.are_many():
-                self._factors.bend_functions(*given)
-            else:
-                calls = [(*given, self._combination, part, self._threads) for part in threads]
-                self._share(pool, self._factors.factor, calls)
-        except np.linalg.LinAlgError as fault:
-            raise torch.linalg.LinAlgError(str(fault)) from fault
+        self._factors.factor_functions(gram, net)
+        if self._scan.forms.are_many():
+            self._factors.bend_functions(*given)
+        else:
+            calls = [(*given, self._combination, part, self._threads) for part in threads]
+            self._share(pool, self._factors.factor, calls)
         self._few: list[Any] = [None for _ in threads]
         if self._scan.forms.are_many():
             bytes_of_a_row = _BYTES_OF_A_FACTOR * self._scan.num_margins * net.lift.shape[1] ** 2

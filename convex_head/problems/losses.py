@@ -56,9 +56,9 @@ class MarginLoss:
     def near(self, margins: Tensor, width: float) -> Tensor:
         """(n, k), k <= K: of each example at least the margins within width of its smallest, which alone have a slope.
 
-        All of them where the loss is a sum over k.
+        All of them where the loss is a sum over k, or a margin is no number, which the loss then shows.
         """
-        if not self.joint:
+        if not self.joint or not bool(margins.isfinite().all()):
             return margins
         count = int((margins <= margins.amin(-1, keepdim=True) + width).sum(-1).amax())
         return margins if 2 * count > margins.shape[-1] else margins.topk(count, largest=False, sorted=False).values

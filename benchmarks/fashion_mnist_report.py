@@ -173,25 +173,16 @@ def _shown(pair: Record | None) -> str:
     return f"{100 * pair['difference']:+.1f} ({low:+.1f} to {high:+.1f}), p = {pair['p']:.2g}"
 
 
-def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
-    """Rows by backbone, norm, eps and column of attacks, largest eps first.
+def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
+    """Rows by backbone, norm and eps, largest eps first; a head's row of most seeds, AutoAttack's before others.
 
-    Of a backbone and threat there is the column with most heads, and another one with two heads that the first lacks.
+    A threat that the network's own head alone has met makes no panel.
     """
-    threats: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
-    for row in rows:
-        columns = threats.setdefault((row["backbone"], row["norm"], row["eps"]), {})
-        columns.setdefault(row["attacks"], []).append(row)
-    panels: dict[tuple[str, str, str, str], list[Record]] = {}
-    for key in sorted(threats, key=lambda one: (one[1] == "L2", -_number(one[2]), _BACKBONES.index(one[0]))):
-        columns = threats[key]
-        seen: set[str] = set()
-        for attacks in sorted(columns, key=lambda name: (-len(columns[name]), name == "apgd")):
-            found = [row for row in columns[attacks] if row["head"] not in seen]
-            if len(found) > 1 or not seen:
-                panels[(*key, attacks)] = found
-            seen |= {row["head"] for row in found}
-    return panels
+    panels: dict[tuple[str, str, str], dict[str, Record]] = {}
+    for row in sorted(rows, key=lambda row: (row["seeds"], row["attacks"] == "autoattack")):
+        panels.setdefault((row["backbone"], row["norm"], row["eps"]), {})[row["head"]] = row
+    order = sorted(panels, key=lambda one: (one[1] == "L2", -_number(one[2]), _BACKBONES.index(one[0])))
+    return {key: list(panels[key].values()) for key in order if len(panels[key]) > 1 or len(panels) == 1}
 
 
 def draw(pyplot: Any, rows: Sequence[Record]) -> None:
@@ -210,17 +201,19 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
             seconds, number = max(row["seconds"] or _LEFT, _LEFT), heads.index(row["head"])
             bars = [[100 * (row["robust"] - row["low"])], [100 * (row["high"] - row["robust"])]]
             style = {"fmt": _MARKERS.get(row["head"], _OTHER), "color": COLOURS[number % len(COLOURS)]}
+            style["mfc"] = style["color"] if row["attacks"] == "autoattack" else "white"
             axis.errorbar(seconds, 100 * row["robust"], bars, markersize=7, capsize=2, lw=1, **style)
         axis.set_xscale("log")
         axis.set_xlim(_LEFT / 2, 1500)
-        axis.set_title(f"{key[0]}, {key[1]} {key[2]} ({key[3]})", fontsize=9)
+        axis.set_title(f"{key[0]}, {key[1]} {key[2]}", fontsize=9)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for number, head in enumerate(heads):
         style = {"marker": _MARKERS.get(head, _OTHER), "color": COLOURS[number % len(COLOURS)]}
         axes[0, 0].plot([], [], linestyle="", label=head, **style)
     figure.supylabel("robust test accuracy, %", fontsize=10)
-    figure.supxlabel("CPU seconds of the head, choice of its settings included (own: 0, at the left edge)", fontsize=10)
+    label = "CPU seconds of the head, choice of its settings included (own: 0, at the left edge). Hollow: column apgd"
+    figure.supxlabel(label, fontsize=10)
     figure.legend(loc="outside upper center", ncols=6, fontsize=8)
 
 

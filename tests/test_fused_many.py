@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_fused import always, both, cases, check, evaluations, make, network
 from test_fused import test_hard_cases_of_whole_networks as check_hard_cases
+from test_fused import test_numbers_that_have_no_factors_are_the_fault_that_solvers_know as check_faults
 from test_fused import test_odd_networks as check_odd_networks
 
-from convex_head.adversary.margins import PackedNetwork
 from convex_head.kernels import factors
 from convex_head.kernels import loss as kernel_loss
 from convex_head.problems import fused
@@ -127,7 +127,4 @@ def test_the_loss_of_many_tied_margins_in_single_precision(base: float) -> None:
 @pytest.mark.usefixtures("many", "always")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
 def test_numbers_without_factors_are_the_fault_that_solvers_know(value: float) -> None:
-    problem = make(20, 3, 4, "crammer_singer")
-    packed = problem.pack(network(3, 4, 12))
-    with pytest.raises(torch.linalg.LinAlgError):
-        problem.evaluate(PackedNetwork.of(packed.vectors * value, packed.signs), 0.1)
+    check_faults(value)

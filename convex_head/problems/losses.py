@@ -30,6 +30,9 @@ from torch import Tensor
 
 from convex_head.errors import UnknownLossError
 
+# So few margins of an example are projected as they are.
+_FEW = 46
+
 
 @dataclass(frozen=True)
 class MarginLoss:
@@ -72,9 +75,12 @@ class MarginLoss:
         """Smoothed loss (n,) and its slopes s (n, K), -d loss / d margin, a point of S for each example."""
         z = 1 - margins
         if self.joint:
-            lowest = margins.amin(-1, keepdim=True)
-            # Differences of margins are exact where 1 - margin would be rounded, and then be divided by mu.
-            s = project_simplex((lowest - margins) / mu, (1 - lowest) / mu)
+            if margins.shape[-1] <= _FEW:
+                s = project_simplex(z / mu)
+            else:
+                # Where many tie, 1 - margin is rounded, divided by mu and summed up; differences of margins are exact.
+                lowest = margins.amin(-1, keepdim=True)
+                s = project_simplex((lowest - margins) / mu, (1 - lowest) / mu)
             return (s * z).sum(-1) - 0.5 * mu * s.square().sum(-1), s
         share = self.share(num_classes)
         s = (z / mu).clamp(0, 1)
@@ -93,11 +99,12 @@ def project_simplex(y: Tensor, shift: Tensor | float = 0.0) -> Tensor:
 
     No row sums up to more than 1, but for the rounding of its division: a bound needs a point of the set.
     """
+    least = -torch.as_tensor(shift, dtype=y.dtype, device=y.device)
     ordered = y.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
     count = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
     support = (ordered * count > excess).sum(-1, keepdim=True).clamp_min(1)
-    level = torch.maximum(excess.gather(-1, support - 1) / support, -torch.as_tensor(shift, dtype=y.dtype).to(y.device))
+    level = torch.maximum(excess.gather(-1, support - 1) / support, least)
     s = (y - level).clamp_min(0)
     return s / s.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1).to(y.dtype)
 

@@ -179,11 +179,9 @@ def losses(margins: Any, setting: Any, slopes: Any, sums: Any) -> None:
 
 
 @pytest.mark.parametrize("mu", [1e-3, 0.3, 5.0])
-@pytest.mark.parametrize("columns", [1, 2, 9])
+@pytest.mark.parametrize("columns", [1, 2, 9, 46, 47])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_and_slopes(name: str, columns: int, mu: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    # By differences of margins, as the compiled loss; of few margins torch takes 1 - margin, rounded otherwise.
-    monkeypatch.setattr("convex_head.problems.losses._FEW", 0)
+def test_losses_and_slopes(name: str, columns: int, mu: float) -> None:
     loss = LOSSES[name]
     classes = columns + 1 if loss.pairwise else max(3, columns)
     margins = 1 + torch.randn(300, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

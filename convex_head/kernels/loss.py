@@ -8,6 +8,9 @@ import numpy as np
 
 from convex_head.kernels.compiled import Setting, inner
 
+# As in problems/losses.py: more margins are taken as differences to the smallest.
+FEW = 46
+
 
 @inner
 def water_level(order: np.ndarray, count: int, least: Any) -> Any:
@@ -42,14 +45,21 @@ def loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.nd
         count, lowest = 0, margins[0]
         for k in range(len(margins)):
             lowest = min(lowest, margins[k])
+        pivot = lowest if len(margins) > FEW else one
+        largest = (pivot - lowest) / mu
         for k in range(len(margins)):
             # The projection leaves nothing of what is 1 below the largest.
-            y = (lowest - margins[k]) / mu
-            if y > -one and margins[k] < one:
+            y = (pivot - margins[k]) / mu
+            if y > largest - one and margins[k] < one:
                 count = insert(order, count, y)
-        level = water_level(order, count, (lowest - one) / mu)
+        level = water_level(order, count, (pivot - one) / mu)
+        total = 0.0
         for k in range(len(margins)):
-            s = max(zero, (lowest - margins[k]) / mu - level)
+            slopes[k] = max(zero, (pivot - margins[k]) / mu - level)
+            total += slopes[k]
+        most = margins.dtype.type(max(1.0, total))
+        for k in range(len(margins)):
+            s = slopes[k] / most
             slopes[k] = s
             smoothed += s * (one - margins[k]) - half * mu * s * s
         hard = max(zero, one - lowest)

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from convex_head.errors import UnknownLossError
 
-# So few margins of an example are projected as they are.
-_FEW = 46
+# With more margins of an example than this their rounding adds up (kernels/loss.py has the same).
+FEW = 46
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,9 @@ class MarginLoss:
         """Smoothed loss (n,) and its slopes s (n, K), -d loss / d margin, a point of S for each example."""
         z = 1 - margins
         if self.joint:
-            if margins.shape[-1] <= _FEW:
-                s = project_simplex(z / mu)
-            else:
-                # Where many tie, 1 - margin is rounded, divided by mu and summed up; differences of margins are exact.
-                lowest = margins.amin(-1, keepdim=True)
-                s = project_simplex((lowest - margins) / mu, (1 - lowest) / mu)
+            # Differences to the smallest margin are exact where many tie and 1 - margin would be rounded and summed up.
+            pivot = margins.amin(-1, keepdim=True) if margins.shape[-1] > FEW else margins.new_ones(1)
+            s = project_simplex((pivot - margins) / mu, (1 - pivot) / mu)
             return (s * z).sum(-1) - 0.5 * mu * s.square().sum(-1), s
         share = self.share(num_classes)
         s = (z / mu).clamp(0, 1)

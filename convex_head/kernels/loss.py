@@ -8,9 +8,6 @@ import numpy as np
 
 from convex_head.kernels.compiled import Setting, inner
 
-# As in problems/losses.py: more margins are taken as differences to the smallest.
-FEW = 46
-
 
 @inner
 def water_level(order: np.ndarray, count: int, least: Any) -> Any:
@@ -45,7 +42,7 @@ def loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.nd
         count, lowest = 0, margins[0]
         for k in range(len(margins)):
             lowest = min(lowest, margins[k])
-        pivot = lowest if len(margins) > FEW else one
+        pivot = lowest if len(margins) > setting.few else one
         largest = (pivot - lowest) / mu
         for k in range(len(margins)):
             # The projection leaves nothing of what is 1 below the largest.

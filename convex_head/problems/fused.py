@@ -20,15 +20,14 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import SATISFIED, MarginScan
-from convex_head.problems.losses import LOSSES, MarginLoss
+from convex_head.problems.losses import FEW, LOSSES, MarginLoss
 from convex_head.rows import Chunk
 
 # Fewer rows are not worth a thread.
 _ROWS_OF_A_THREAD = 512
-# Where forms are many, those that some rows need are factored for these rows: at most so many of them, and bytes.
+# Where forms are many, those that some rows need are factored for these rows: at most so many rows, and bytes a thread.
 _ROWS_OF_FEW = 512
 _BYTES_OF_FEW = 1 << 28
-_BYTES_OF_A_FACTOR = 24
 
 
 @cache
@@ -108,7 +107,7 @@ class FusedPass:
         numbers = (radius, blur, SATISFIED + slack, loss.window(mu) + slack, mu, share, 0.0, 1.0, 0.5)
         limits = (float(np.finfo(real).tiny) ** 0.5, 4 * eps, 1e-3 * eps**0.5)
         return self._compiled.Setting(
-            *(real(number) for number in (*numbers, *limits)), loss.joint, self._scan.rows.d, examples
+            *(real(number) for number in (*numbers, *limits)), loss.joint, self._scan.rows.d, examples, FEW
         )
 
     def _compact(self) -> Any:
@@ -178,7 +177,9 @@ class FusedPass:
             self._share(pool, self._factors.factor, calls)
         self._few: list[Any] = [None for _ in threads]
         if self._scan.forms.are_many():
-            bytes_of_a_row = _BYTES_OF_A_FACTOR * self._scan.num_margins * net.lift.shape[1] ** 2
+            # P and P' in the bulk dtype, Z and the sums in its basis in double precision.
+            bytes_of_a_number = 2 * net.lift.itemsize + 2 * 8
+            bytes_of_a_row = bytes_of_a_number * self._scan.num_margins * net.lift.shape[1] ** 2
             rows = max(1, min(_ROWS_OF_FEW, _BYTES_OF_FEW // max(1, bytes_of_a_row)))
             self._few = [self._compiled.Few(gram, self._beta, a, rows, np.zeros_like(gram)) for _ in threads]
 

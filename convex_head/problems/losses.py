@@ -30,7 +30,7 @@ from torch import Tensor
 
 from convex_head.errors import UnknownLossError
 
-# With more margins of an example than this their rounding adds up (kernels/loss.py has the same).
+# With more margins of an example than this their rounding adds up.
 FEW = 46
 
 

@@ -17,6 +17,7 @@ from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.trust_region import minimise_blurred, minimise_over_ball
 from convex_head.kernels import ball, compiled, factors
 from convex_head.kernels import loss as kernel_loss
+from convex_head.kernels.tiles import LANES
 from convex_head.problems import fused, polynomial
 from convex_head.problems.base import Network
 from convex_head.problems.losses import LOSSES
@@ -282,6 +283,27 @@ def test_chunks_threads_and_streams_do_not_matter(classes: int, loss: str, tmp_p
                 assert torch.equal(got.gradient, again.gradient)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.1, 0.9, 1.0), (0.7, 0.05, 0.85), (20.0, 0.01, 0.6)])
+@cases
+def test_full_and_thin_tiles(classes: int, loss: str, scale: float, least: float, most: float) -> None:
+    """Several tiles with more than one label, in which nearly all margins have a slope, or some, or few."""
+    problem = make(2 * LANES + 5, 6, classes, loss)
+    x, labels, functions = problem.features, problem.labels, problem.num_functions
+    sides = [x[labels == c].mean(0) - x[labels != c].mean(0) for c in (range(classes) if functions > 1 else [1])]
+    along = torch.stack(sides)
+    noise = network(6, functions, 3 * functions)
+    trained = Network(
+        torch.cat([along / along.norm(dim=1, keepdim=True), noise.directions]),
+        scale * torch.cat([torch.ones(functions, dtype=torch.float64), 0.02 * noise.weights]),
+        torch.cat([torch.arange(functions), noise.function]),
+    )
+    share = float((problem.worst_case(trained)[0] < 1).double().mean())
+    assert least <= share <= most
+    for mu in (0.3, 0.003):
+        for blur in (0.0, 0.05):
+            check(evaluations(problem, problem.pack(trained), mu, blur), 1e-10)
 
 
 @pytest.mark.usefixtures("always")

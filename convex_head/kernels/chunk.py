@@ -13,13 +13,13 @@ import numpy as np
 
 from convex_head.kernels.ball import minimise
 from convex_head.kernels.compiled import Compact, Lanes, Setting, Sums, Tables, entry, inner
+from convex_head.kernels.derivatives import add_tile
 from convex_head.kernels.factors import combine_one
 from convex_head.kernels.lanes import factored, gather_lanes
 from convex_head.kernels.loss import loss
 from convex_head.kernels.marks import mark_all, mark_lowest, mark_near, mark_rest
-from convex_head.kernels.tiles import add_outer, dot, gather, product, tile
-
-LANES = 64
+from convex_head.kernels.separate import separate
+from convex_head.kernels.tiles import LANES, gather, product, tile
 
 
 @inner
@@ -144,53 +144,30 @@ def _derive(
     """Add the derivatives of -slopes * margins / n to coefficient (N, rows) and to the sums (GroupPass.backward)."""
     first, row, column = lanes.first, lanes.row, lanes.column
     e, spread = steps
-    at_worst, across, _ = work
-    height = len(at_worst)
+    height = len(work[0])
     omega = np.empty(LANES, tau.dtype)
     scale = setting.one / tau.dtype.type(setting.examples)
     for index in range(len(lanes.keys)):
-        form, slot = lanes.keys[index] // 2, lanes.slots[index]
-        sign = -setting.one if lanes.keys[index] % 2 else setting.one
-        plus, minus, rank = net.plus[form], net.minus[form], net.rank[slot]
         for begin in range(first[index], first[index + 1], LANES):
             width = min(LANES, first[index + 1] - begin)
-            here = row[begin : begin + width]
-            total = setting.zero
             for l in range(width):
                 k = column[begin + l]
                 omega[l] = -scale * slopes[row[begin + l], k] if k >= 0 else setting.zero
-                total += omega[l]
-            if total == setting.zero:
-                continue
-            size = gather(tau, start, net, form, here, at_worst)
-            step = tile(e, height, begin, width)
-            product(net.lift[slot], step, size, rank, width, across)
-            positives = net.offsets[plus + 1] - net.offsets[plus]
-            for position in range(size):
-                own = position < positives
-                j = net.offsets[plus] + position if own else net.offsets[minus] + position - positives
-                s = sign if own else -sign
-                projection, change, out = at_worst[position], across[position], coefficient[j, start:]
-                twice, linear = s * net.twice[j], s * net.linear[j]
-                for l in range(width):
-                    projection[l] += change[l]
-                sums.projections[j] += s * dot(omega, projection, width)
-                sums.weights[j] += s * total
-                for l in range(width):
-                    projection[l] = omega[l] * (twice * projection[l] + linear)
-                for l in range(width):
-                    out[here[l]] += projection[l]
-            in_basis = sums.in_basis[slot]
-            add_outer(step, at_worst, rank, size, width, in_basis)
-            if setting.blur > setting.zero:
-                around = tile(spread, height, begin, width)
-                for i in range(rank):
-                    weight = dot(omega, around[i], width)
-                    for position in range(size):
-                        own = position < positives
-                        j = net.offsets[plus] + position if own else net.offsets[minus] + position - positives
-                        s = sign if own else -sign
-                        in_basis[i, position] += weight * s * net.twice[j] * net.lift[slot, position, i]
+            add_tile(
+                tau,
+                start,
+                net,
+                setting,
+                lanes.keys[index],
+                lanes.slots[index],
+                row[begin : begin + width],
+                omega,
+                tile(e, height, begin, width),
+                tile(spread, height if len(spread) else 0, begin, width),
+                work,
+                coefficient,
+                sums,
+            )
 
 
 @inner
@@ -214,9 +191,9 @@ def _stage(
     if few is None:
         steps = _solve(tau, start, net, setting, lanes, work, margins)
         return lanes, net, steps, sums, sums.in_basis
-    local, combination, in_basis = factored(net, lanes, setting, few)
+    local, combination, in_basis, spread = factored(net, lanes, setting, few)
     steps = _solve(tau, start, local, setting, lanes, work, margins)
-    return lanes, local, steps, Sums(sums.losses, in_basis, sums.projections, sums.weights), combination
+    return lanes, local, steps, Sums(sums.losses, in_basis, spread, sums.projections, sums.weights), combination
 
 
 @inner
@@ -236,7 +213,7 @@ def _finish(
     if few is not None:
         member, row = np.empty(len(few.mixed), np.int64), np.empty(len(few.mixed))
         for slot in range(len(lanes.keys)):
-            combine_one(net, combination, sums.in_basis, lanes.keys[slot] // 2, slot, member, row, few.mixed)
+            combine_one(net, combination, sums, lanes.keys[slot] // 2, slot, member, row, few.mixed)
 
 
 @inner
@@ -308,6 +285,9 @@ def run(
     for j in range(len(coefficient)):
         for i in range(start, stop):
             coefficient[j, i] = setting.zero
+    if few is None and not tables.pairwise:
+        separate(tau, labels, start, stop, net, tables, setting, coefficient, sums, work)
+        return
     place = np.zeros(2 * len(net.plus), np.int64)
     rows = max(1, stop - start) if few is None else few.rows
     for begin in range(start, stop, rows):

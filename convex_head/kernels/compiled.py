@@ -130,5 +130,6 @@ class Sums(NamedTuple):
 
     losses: np.ndarray  # (2,) smoothed, hard
     in_basis: np.ndarray  # (S, M, M) sums of ehat coefficient'
+    spread: np.ndarray  # (S, M) with blur, sums of signed weight times spread
     projections: np.ndarray  # (N,) sums of weight times projection at the worst point
     weights: np.ndarray  # (N,) sums of weights

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convex_head.kernels.compiled import Compact, entry, inner
+from convex_head.kernels.compiled import Compact, Sums, entry, inner
 
 _NULL = 1e-13
 # Share of a neuron's square that those before it leave, below which they are taken as dependent.
@@ -226,30 +226,37 @@ def bend_functions(gram: np.ndarray, beta: np.ndarray, a: float, features: int, 
 def combine_one(
     net: Compact,
     combination: np.ndarray,
-    in_basis: np.ndarray,
+    sums: Sums,
     form: int,
     slot: int,
     member: np.ndarray,
     row: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Add Z in_basis of a form to out (N, N): row j has the combination of neurons that moves neuron j."""
+    """Add Z (in_basis + spread P' 2 a beta) of a form to out (N, N): row j combines the neurons that move neuron j."""
     size, rank = _members(net, form, member), net.rank[slot]
-    z, sums = combination[slot], in_basis[slot]
+    positives = net.offsets[net.plus[form] + 1] - net.offsets[net.plus[form]]
+    z, in_basis, spread = combination[slot], sums.in_basis[slot], sums.spread[slot]
+    for l in range(rank):
+        if spread[l] != 0.0:
+            for j in range(size):
+                twice = net.twice[member[j]] if j < positives else -net.twice[member[j]]
+                in_basis[l, j] += spread[l] * twice * net.lift[slot, j, l]
+            spread[l] = 0.0
     for i in range(size):
         for j in range(size):
             row[j] = 0.0
         for l in range(rank):
             share = z[i, l]
             for j in range(size):
-                row[j] += share * sums[l, j]
+                row[j] += share * in_basis[l, j]
         for j in range(size):
             out[member[j], member[i]] += row[j]
 
 
 @entry
-def combine(net: Compact, combination: np.ndarray, in_basis: np.ndarray, out: np.ndarray) -> None:
+def combine(net: Compact, combination: np.ndarray, sums: Sums, out: np.ndarray) -> None:
     """:func:`combine_one` of all forms."""
     member, row = np.empty(len(out), np.int64), np.empty(len(out))
     for form in range(len(net.plus)):
-        combine_one(net, combination, in_basis, form, form, member, row, out)
+        combine_one(net, combination, sums, form, form, member, row, out)

@@ -8,9 +8,7 @@ import numpy as np
 
 from convex_head.kernels.compiled import Compact, Few, Lanes, Setting, Tables, inner
 from convex_head.kernels.factors import factor_one
-
-# Tiles are filled up to a multiple of this, so that loops have no scalar rest.
-_STEP = 8
+from convex_head.kernels.tiles import STEP
 
 
 @inner
@@ -32,7 +30,7 @@ def gather_lanes(
     keys = found[:number].copy()
     first = np.zeros(number + 1, np.int64)
     for index in range(number):
-        first[index + 1] = first[index] + (place[keys[index]] + _STEP - 1) // _STEP * _STEP
+        first[index + 1] = first[index] + (place[keys[index]] + STEP - 1) // STEP * STEP
         place[keys[index]] = first[index]
     row, column = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
     for i in range(rows):
@@ -51,7 +49,7 @@ def gather_lanes(
 
 
 @inner
-def factored(net: Compact, lanes: Lanes, setting: Setting, few: Few) -> tuple[Compact, Any, Any]:
+def factored(net: Compact, lanes: Lanes, setting: Setting, few: Few) -> tuple[Compact, Any, Any, Any]:
     """The network with factors of the forms of the lanes, their Z, and zeros for the sums in their bases."""
     number, size = len(lanes.keys), net.lift.shape[1]
     local = Compact(
@@ -69,8 +67,9 @@ def factored(net: Compact, lanes: Lanes, setting: Setting, few: Few) -> tuple[Co
         net.curvature,
     )
     combination, in_basis = np.zeros((number, size, size)), np.zeros((number, size, size))
+    spread = np.zeros((number, size))
     member = np.empty(len(few.gram), np.int64)
     for slot in range(number):
         form = lanes.keys[slot] // 2
         factor_one(few.gram, few.beta, few.a, setting.features, local, combination, form, slot, member)
-    return local, combination, in_basis
+    return local, combination, in_basis, spread

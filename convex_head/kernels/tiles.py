@@ -8,6 +8,10 @@ import numpy as np
 
 from convex_head.kernels.compiled import Compact, inner, inner_sums
 
+# Columns of a tile, at most, and a multiple that they are filled up to, so that loops have no scalar rest.
+LANES = 256
+STEP = 8
+
 
 @inner
 def product(left: np.ndarray, right: np.ndarray, rows: int, size: int, width: int, out: np.ndarray) -> None:
@@ -40,15 +44,41 @@ def product(left: np.ndarray, right: np.ndarray, rows: int, size: int, width: in
 @inner
 def gather(tau: np.ndarray, start: int, net: Compact, form: int, row: np.ndarray, out: np.ndarray) -> int:
     """Projections (K, lanes) on the neurons of a form; returns K."""
-    position = 0
+    position, first = 0, start + row[0]
+    together = _are_together(row)
     for function in (net.plus[form], net.minus[form]):
         if function >= 0:
             for j in range(net.offsets[function], net.offsets[function + 1]):
-                t, o = tau[j, start:], out[position]
-                for l in range(len(row)):
-                    o[l] = t[row[l]]
+                o = out[position]
+                if together:
+                    t = tau[j, first:]
+                    for l in range(len(row)):
+                        o[l] = t[l]
+                else:
+                    t = tau[j, start:]
+                    for l in range(len(row)):
+                        o[l] = t[row[l]]
                 position += 1
     return position
+
+
+@inner
+def scatter(values: np.ndarray, start: int, row: np.ndarray, out: np.ndarray) -> None:
+    """Add a value (lanes,) to out at each row."""
+    if _are_together(row):
+        o = out[start + row[0] :]
+        for l in range(len(row)):
+            o[l] += values[l]
+    else:
+        o = out[start:]
+        for l in range(len(row)):
+            o[row[l]] += values[l]
+
+
+@inner
+def _are_together(row: np.ndarray) -> bool:
+    """Rows, which ascend but for those that fill up, have no gap; then loops over them are vector instructions."""
+    return row[len(row) - 1] - row[0] == len(row) - 1
 
 
 @inner

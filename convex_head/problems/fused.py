@@ -204,21 +204,21 @@ class FusedPass:
             future.result()
 
     def _empty(self) -> Any:
-        shape = self._net.lift.shape
-        return self._compiled.Sums(np.zeros(2), np.zeros(shape), np.zeros(len(self._beta)), np.zeros(len(self._beta)))
+        shape, neurons = self._net.lift.shape, len(self._beta)
+        return self._compiled.Sums(
+            np.zeros(2), np.zeros(shape), np.zeros(shape[:2]), np.zeros(neurons), np.zeros(neurons)
+        )
 
     def _collect(self) -> None:
         _, b, c = self._scan.coefficients
-        losses, in_basis, projections, weights = (
-            sum(found[1:], start=found[0]) for found in zip(*self._sums, strict=True)
-        )
+        sums = self._compiled.Sums(*(sum(found[1:], start=found[0]) for found in zip(*self._sums, strict=True)))
         if self._scan.forms.are_many():
             mixed = sum(few.mixed for few in self._few)
         else:
             mixed = np.zeros((len(self._beta), len(self._beta)))
-            self._factors.combine(self._net, self._combination, in_basis, mixed)
-        on_self = self._beta * (b * projections / np.maximum(self._nu, self._setting.tiny) + 2 * c * weights)
-        self.losses, self._mixed, self._on_self = (torch.from_numpy(part) for part in (losses, mixed, on_self))
+            self._factors.combine(self._net, self._combination, sums, mixed)
+        on_self = self._beta * (b * sums.projections / np.maximum(self._nu, self._setting.tiny) + 2 * c * sums.weights)
+        self.losses, self._mixed, self._on_self = (torch.from_numpy(part) for part in (sums.losses, mixed, on_self))
 
     def parts(self) -> tuple[Tensor, ...]:
         """What processes add up, in place: the losses, and of the N neurons the gradients at the examples (N, d),

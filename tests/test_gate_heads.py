@@ -94,6 +94,16 @@ def test_relu_reports_violations_and_hard_ones_have_none() -> None:
     torch.testing.assert_close(hard.worst_case_margin(x, y), margin, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 2, 3, 5])
+def test_hard_constraints_at_scale_end_feasible(seed: int) -> None:
+    """The penalty alone leaves a point next to the cones with these gates, and stalls; more seeds, the same."""
+    x, y = iris(48)
+    settings: dict[str, Any] = {"activation": "relu", "patterns": 8, "radius": 0.1, "reg": 0.02, "slack": math.inf}
+    head = ConvexRobustHead(4, 3, **settings).double()
+    head.fit(x, y, tol=5e-2, solver="group_descent", seed=seed, max_seconds=60)
+    assert head.result_ is not None and head.result_.converged and head.result_.extra["violation_max"] <= 1e-5
+
+
 def test_warm_start_keeps_the_gates() -> None:
     head = fitted("gated_relu", {"flips": "cover"})
     x, y = data()

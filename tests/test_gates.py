@@ -21,6 +21,7 @@ from convex_head.problems.gates import GateNetwork, GateProblem
 from convex_head.problems.patterns import sample_gates, with_constant
 from convex_head.problems.relu import FEASIBLE, ReluProblem
 from convex_head.solvers import get_solver
+from convex_head.solvers.cone_projection import into_cones
 from convex_head.solvers.group_descent import GroupDescent
 
 
@@ -240,6 +241,26 @@ def test_hard_constraints_make_the_network_the_convex_model(classes: int, loss: 
     loose = get_solver("socp", ("socp",)).solve(soft, tol=1e-3)
     assert isinstance(soft, ReluProblem) and (soft.violations(loose.network)[1] > 1e-3 or classes == 2)
     assert loose.primal <= result.primal
+
+
+@pytest.mark.parametrize("ball", ["l2", "linf"])
+def test_vectors_are_moved_to_the_nearest_point_of_their_cone(ball: str) -> None:
+    p = problem("relu inf", n=16, patterns=8, radius=0.02, ball=ball)
+    assert isinstance(p, ReluProblem)
+    start = random_network(p)
+    end = into_cones(p, start, lambda: False)
+    before, after = p.largest_violations(start), p.largest_violations(end)
+    assert float(before.max()) > 0.1 and float(after.max()) <= FEASIBLE
+    assert float(before.max()) == p.violations(start)[1]
+    # A point of a cone is nearest where what is left is orthogonal to it and at an obtuse angle to the whole cone.
+    left = start.vectors - end.vectors
+    scale = float(start.vectors.norm(dim=-1).max())
+    assert float((left * end.vectors).sum(-1).abs().max()) <= 1e-3 * scale**2
+    inside = into_cones(p, random_network(p, seed=7), lambda: False).vectors
+    assert bool(inside[1:8].any()) and float((left * inside).sum(-1).max()) <= 1e-3 * scale**2
+    again = into_cones(p, end, lambda: False)
+    assert torch.equal(again.vectors, end.vectors)
+    assert torch.equal(into_cones(p, start, lambda: True).vectors, start.vectors)
 
 
 def test_hard_constraints_that_leave_nothing_are_named() -> None:

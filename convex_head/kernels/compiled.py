@@ -52,7 +52,7 @@ def _digest() -> str:
 
 
 class Setting(NamedTuple):
-    """Numbers of one evaluation, in the bulk dtype but for the last four."""
+    """Numbers of one evaluation, in the bulk dtype but for the last three."""
 
     radius: Any
     blur: Any
@@ -69,7 +69,6 @@ class Setting(NamedTuple):
     joint: bool
     features: int
     examples: int
-    few: int  # problems/losses.py
 
 
 class Compact(NamedTuple):

@@ -42,17 +42,15 @@ def loss(margins: np.ndarray, setting: Setting, order: np.ndarray, slopes: np.nd
         count, lowest = 0, margins[0]
         for k in range(len(margins)):
             lowest = min(lowest, margins[k])
-        pivot = lowest if len(margins) > setting.few else one
-        largest = (pivot - lowest) / mu
         for k in range(len(margins)):
-            # The projection leaves nothing of what is 1 below the largest.
-            y = (pivot - margins[k]) / mu
-            if y > largest - one and margins[k] < one:
+            # The projection leaves nothing of what is 1 below the largest, which is 0.
+            y = (lowest - margins[k]) / mu
+            if y > -one and margins[k] < one:
                 count = insert(order, count, y)
-        level = water_level(order, count, (pivot - one) / mu)
+        level = water_level(order, count, (lowest - one) / mu)
         total = 0.0
         for k in range(len(margins)):
-            slopes[k] = max(zero, (pivot - margins[k]) / mu - level)
+            slopes[k] = max(zero, (lowest - margins[k]) / mu - level)
             total += slopes[k]
         most = margins.dtype.type(max(1.0, total))
         for k in range(len(margins)):

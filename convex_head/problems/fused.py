@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import SATISFIED, MarginScan
-from convex_head.problems.losses import FEW, LOSSES, MarginLoss
+from convex_head.problems.losses import LOSSES, MarginLoss
 from convex_head.rows import Chunk
 
 # Fewer rows are not worth a thread.
@@ -107,7 +107,7 @@ class FusedPass:
         numbers = (radius, blur, SATISFIED + slack, loss.window(mu) + slack, mu, share, 0.0, 1.0, 0.5)
         limits = (float(np.finfo(real).tiny) ** 0.5, 4 * eps, 1e-3 * eps**0.5)
         return self._compiled.Setting(
-            *(real(number) for number in (*numbers, *limits)), loss.joint, self._scan.rows.d, examples, FEW
+            *(real(number) for number in (*numbers, *limits)), loss.joint, self._scan.rows.d, examples
         )
 
     def _compact(self) -> Any:

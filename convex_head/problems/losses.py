@@ -30,9 +30,6 @@ from torch import Tensor
 
 from convex_head.errors import UnknownLossError
 
-# With more margins of an example than this their rounding adds up.
-FEW = 46
-
 
 @dataclass(frozen=True)
 class MarginLoss:
@@ -76,7 +73,7 @@ class MarginLoss:
         z = 1 - margins
         if self.joint:
             # Differences to the smallest margin are exact where many tie and 1 - margin would be rounded and summed up.
-            pivot = margins.amin(-1, keepdim=True) if margins.shape[-1] > FEW else margins.new_ones(1)
+            pivot = margins.amin(-1, keepdim=True)
             s = project_simplex((pivot - margins) / mu, (1 - pivot) / mu)
             return (s * z).sum(-1) - 0.5 * mu * s.square().sum(-1), s
         share = self.share(num_classes)

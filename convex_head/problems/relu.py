@@ -66,6 +66,11 @@ class ReluProblem(GateProblem):
         parts = [self._violations(vectors, chunk) for chunk in self._chunks]
         return torch.cat([p.flatten(1).sum(1) for p in parts]).double(), max(float(p.max()) for p in parts)
 
+    def largest_violations(self, network: GateNetwork) -> Tensor:
+        """Largest violation of every vector (G, F); margin units."""
+        vectors = network.vectors.to(self.dtype)
+        return torch.stack([self._violations(vectors, chunk).amax(0) for chunk in self._chunks]).amax(0)
+
     def _violations(self, vectors: Tensor, chunk: slice) -> Tensor:
         return (self.radius * dual_norm(vectors, self.ball) - self._slacks(vectors, chunk)).clamp_min(0)
 

@@ -14,9 +14,10 @@ and that of the norms narrows.
 Large data start with a sample of the examples, then with mini-batches (Adam on u), then go on with all examples: only
 a pass over all of them gives a bound.
 
-Hard constraints are solved by the penalty, which is exact for a weight above the largest multiplier: the weight grows
-until the best point violates nothing by more than FEASIBLE (problems/relu.py). Only such points count, and the lower
-bound of the penalised problem is one of the hard problem.
+Hard constraints are solved by the penalty, which is exact for a weight above the largest multiplier, and its best point
+is moved into the cones (solvers/cone_projection.py); the weight grows until that is good enough. Only points that
+violate nothing by more than FEASIBLE (problems/relu.py) count, and the lower bound of the penalised problem is one of
+the hard problem.
 """
 
 from __future__ import annotations
@@ -176,18 +177,31 @@ class _WorkingSet:
             self.solve_inside()
             self.look_outside()
             self.report()
-            if self.hard is not None and self.primal - self.dual <= self.run.tol * self.primal:
-                self.tighten()
+            if self.hard is not None:
+                self.look_at_cones()
 
-    def tighten(self) -> None:
-        """More weight on violations; the multipliers stay."""
-        if self.run.gap <= self.run.tol:
+    def look_at_cones(self) -> None:
+        """Where the penalised problem is solved, or as well as it can be: its best point moved into the cones.
+
+        If that is not good enough, violations weigh more from here on; multipliers and the feasible point stay.
+        """
+        from convex_head.solvers.cone_projection import into_cones
+
+        solved = self.primal - self.dual <= self.run.tol * self.primal
+        if self.run.gap <= self.run.tol or not (solved or self.run.stalled):
+            return
+        network = into_cones(self.hard, _prune(GateNetwork(self.problem.gates, self.best)), self.run.finished)
+        self.run.report(primal=self.hard.objective(network), dual=self.dual, network=network, neurons=network.size)
+        if self.run.gap <= self.run.tol or self.run.stalled:
             return
         self.problem.slack *= _SLACK_GROWTH
         self.run.stalled = self.problem.slack > _LAST_SLACK
         self.restrict()
         self.shares = self.shares / _SLACK_GROWTH
-        self.primal = self.problem.objective(GateNetwork(self.problem.gates, self.best))
+        self.best = network.vectors
+        self.primal = self.problem.objective(network)
+        vectors = self.best[self.groups[:, 0], self.groups[:, 1]]
+        self.u = torch.where(vectors.norm(dim=-1, keepdim=True) > 0, _root(vectors), self.u)
         self.pairs.clear()
 
     # -- inside -----------------------------------------------------------------------------------------------

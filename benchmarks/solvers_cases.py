@@ -34,11 +34,12 @@ _EXTRA = ("claimed_objective", "margin_overstatement", "lmi_min_eigenvalue", "ps
 
 @dataclass(frozen=True)
 class Entry:
-    """One solver and loss; the median time of ``repeats`` runs counts."""
+    """One solver and loss; the median time of ``repeats`` runs counts. ``reg`` is another one than the problem's."""
 
     solver: str
     loss: str = "crammer_singer"
     repeats: int = 1
+    reg: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class SideBySide:
         return records
 
     def _solve(self, split: Split, entry: Entry) -> Record:
+        reg = self.reg if entry.reg is None else entry.reg
         record: Record = {
             "kind": "solve",
             "data": self.part,
@@ -89,7 +91,7 @@ class SideBySide:
             "d": self.d,
             "classes": split.num_classes,
             "radius": RADIUS,
-            "reg": self.reg,
+            "reg": reg,
             "tol": self.tol,
             "max_seconds": self.max_seconds,
             "solver": entry.solver,
@@ -98,7 +100,7 @@ class SideBySide:
             "load_average": load_average(),
             "commit": provenance.commit(),
         }
-        problem = problem_of(split, entry.loss, self.reg)
+        problem = problem_of(split, entry.loss, reg)
         seconds, cpu_seconds = [], []
         for _ in range(entry.repeats):
             began, cpu_began = time.perf_counter(), time.process_time()

@@ -3,8 +3,8 @@
     python -m benchmarks.warm_starts            digits, and synthetic features of width 512; 40 minutes of one core
     python -m benchmarks.warm_starts --quick    seconds
 
-Every head of a path starts from the network of the head before it, as robustify follows a path; the first starts from
-scratch. A single fit is the mean of three fits from scratch, at the first, the middle and the last setting of the same
+Every head of a path starts from the network and the multipliers of the head before it, as robustify follows a path; the
+first starts from scratch. A single fit is the mean of three fits from scratch, at the first, the middle and the last setting of the same
 path, to the same certified gap. Work is counted in passes (evaluations of objective and gradient with every worst
 case) and in CPU seconds, which have everything in them. crammer_singer, float64, one thread.
 """
@@ -94,7 +94,7 @@ def measure(data: str, path: str, settings: list[tuple[float, float]], tol: floa
     for setting in settings:
         result, seconds = fit(x, y, setting, tol, start)
         record("path", setting, result, seconds)
-        start = result.network
+        start = result
     return found
 
 

@@ -219,6 +219,7 @@ class ConvexRobustHead(nn.Module):
             callback: called with a :class:`Progress` an outer iteration; returning True ends the fit.
             seed: seeds the random start.
             start: a network to start from, for example ``other_head.network()``; its gates, where it has any, are kept.
+                ``other_head.result_`` of a fit on the same rows is a better start: it has their multipliers too.
             checkpoint: file that holds where the fit stands; where it exists, the fit goes on from it, to the same
                 result (solver column_generation). It stays when the fit ends.
             distributed: features and labels are this process's shard; sums go over all processes of torch.distributed,
@@ -239,9 +240,11 @@ class ConvexRobustHead(nn.Module):
         mean, scale = mean_and_scale(x, self.mean.dtype, shard, features, none=not self.standardize)
         algorithm = get_solver(solver, self.solvers)
         data = TrainingData(features if is_mapped(features) else x, y, mean, scale, shard)
-        problem = self._activation.problem(data, self._task(), weights=self._weights_on(y), start=start, seed=seed)
-        if start is not None:
-            start = problem.check_start(start)
+        before = start.network if isinstance(start, SolveResult) else start
+        problem = self._activation.problem(data, self._task(), weights=self._weights_on(y), start=before, seed=seed)
+        if before is not None:
+            before = problem.check_start(before)
+            start = dataclasses.replace(start, network=before) if isinstance(start, SolveResult) else before
         callbacks = [] if callback is None else [callback]
         with fit_progress(messages(), tol, max_seconds, show=progress) as show:
             if show is not None:

@@ -166,7 +166,7 @@ def robustify(
                 start = None
                 for r in path_radii:
                     head = fit(r, b, rest, _LOOSE * tol, start)
-                    start = head.network()
+                    start = head.result_
                     path.append(validated(head, 0))
                     heads.append(head)
             best = best_of(path)

@@ -69,6 +69,8 @@ class Rows:
         self._source: Tensor | np.ndarray = features
         self.order = torch.arange(self.n, device=self.device) if stream else torch.argsort(labels, stable=True)
         self.labels = labels[self.order]
+        #: Of a sample: where its rows are among those it was drawn from, in its own order.
+        self.drawn: Tensor | None = None
         self._held: Tensor | None = None
         if not stream:
             held = torch.empty(self.n, self.d, dtype=dtype, device=self.device)
@@ -141,7 +143,9 @@ class Rows:
             x = self._held[place]
         else:
             x = self._read(place)
-        return Rows(x, self.labels[place], dtype=self.dtype, chunk_rows=self.chunk_rows)
+        found = Rows(x, self.labels[place], dtype=self.dtype, chunk_rows=self.chunk_rows)
+        found.drawn = place[found.order]
+        return found
 
 
 def is_mapped(features: Any) -> bool:

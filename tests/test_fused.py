@@ -51,7 +51,7 @@ def network(d: int, functions: int, neurons: int, seed: int = 0) -> Network:
     return Network(u / u.norm(dim=1, keepdim=True), weights, function)
 
 
-def evaluations(problem: PolynomialProblem, packed: PackedNetwork, *settings: float) -> tuple[Evaluation, Evaluation]:
+def evaluations(problem: PolynomialProblem, packed: PackedNetwork, *settings: Any) -> tuple[Evaluation, Evaluation]:
     """By compiled code, and by torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(polynomial, "_COMPILED_ROWS", 0)

@@ -97,7 +97,16 @@ def test_streamed_rows_are_put_in_the_order_of_their_labels(tmp_path: Path) -> N
     packed = whole.pack(network(5, 60, 90))
     expected = whole.evaluate(packed, 0.3, 0.01)
     check((streamed.evaluate(packed, 0.3, 0.01), expected), 1e-11)
-    orders = [fused._by_label(chunk).labels for chunk in streamed._rows]
+    slopes = whole.dual_point(packed, 0.3, 0.01).slopes
+    assert slopes is not None
+    whole_slopes = whole.all_multipliers(slopes)
+    centred = [
+        problem.evaluate(packed, 0.2, 0.01, problem.own_multipliers(whole_slopes)) for problem in (whole, streamed)
+    ]
+    assert centred[1].smoothed == pytest.approx(centred[0].smoothed, rel=1e-11) != expected.smoothed
+    torch.testing.assert_close(centred[1].gradient, centred[0].gradient, rtol=0, atol=1e-11)
+    none = torch.zeros(0, 59)
+    orders = [fused._by_label(chunk, none)[0].labels for chunk in streamed._rows]
     assert all((labels.diff() >= 0).all() for labels in orders)
     assert not all((chunk.labels.diff() >= 0).all() for chunk in streamed._rows)
 

@@ -156,9 +156,11 @@ def test_features_of_any_size_fit_or_are_refused_by_name(scale: float) -> None:
             head.fit(scale * GOOD, LABELS)
         assert not head.is_fitted
     else:
-        head.fit(scale * GOOD, LABELS)
+        # Two heads within 1e-4 of one optimum; at the usual tolerance rounding alone may lead to different ones.
+        head.fit(scale * GOOD, LABELS, tol=1e-4)
+        usual = ConvexRobustHead(3, 3, radius=0.3, reg=0.05).fit(GOOD, LABELS, tol=1e-4)
         torch.testing.assert_close(
-            head(torch.from_numpy(scale * GOOD)), fitted_three()(torch.from_numpy(GOOD)), atol=0.02, rtol=0
+            head(torch.from_numpy(scale * GOOD)), usual(torch.from_numpy(GOOD)), atol=0.02, rtol=0
         )
 
 

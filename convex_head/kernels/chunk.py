@@ -171,12 +171,23 @@ def _derive(
 
 
 @inner
+def _lower(lanes: Lanes, start: int, centre: np.ndarray, setting: Setting, margins: np.ndarray) -> None:
+    """Take mu c off the margins that have been solved."""
+    if len(centre) > 0:
+        for l in range(len(lanes.row)):
+            i, k = lanes.row[l], lanes.column[l]
+            if k >= 0:
+                margins[i, k] -= setting.mu * centre[start + i, k]
+
+
+@inner
 def _stage(
     wanted: np.ndarray,
     stage: Any,
     labels: np.ndarray,
     tau: np.ndarray,
     start: int,
+    centre: np.ndarray,
     net: Compact,
     tables: Tables,
     setting: Setting,
@@ -190,9 +201,11 @@ def _stage(
     lanes = gather_lanes(wanted, stage, labels, start, tables, place, few)
     if few is None:
         steps = _solve(tau, start, net, setting, lanes, work, margins)
+        _lower(lanes, start, centre, setting, margins)
         return lanes, net, steps, sums, sums.in_basis
     local, combination, in_basis, spread = factored(net, lanes, setting, few)
     steps = _solve(tau, start, local, setting, lanes, work, margins)
+    _lower(lanes, start, centre, setting, margins)
     return lanes, local, steps, Sums(sums.losses, in_basis, spread, sums.projections, sums.weights), combination
 
 
@@ -222,6 +235,7 @@ def _part(
     labels: np.ndarray,
     start: int,
     stop: int,
+    centre: np.ndarray,
     net: Compact,
     tables: Tables,
     setting: Setting,
@@ -234,6 +248,10 @@ def _part(
     """Rows start..stop at once."""
     margins = np.empty((stop - start, tables.form.shape[1]), tau.dtype)
     _bounds(tau, labels, start, net, tables, setting, work[0], margins)
+    if len(centre) > 0:
+        for i in range(len(margins)):
+            for k in range(margins.shape[1]):
+                margins[i, k] -= setting.mu * centre[start + i, k]
     wanted = np.zeros(margins.shape, np.int8)
     lowest = np.zeros(len(margins), np.int64)
     narrow = setting.joint and margins.shape[1] > 1
@@ -241,7 +259,7 @@ def _part(
         mark_lowest(wanted, lowest, setting, margins)
     else:
         mark_all(wanted, setting, margins)
-    given = (labels, tau, start, net, tables, setting, sums, place, few, work, margins)
+    given = (labels, tau, start, centre, net, tables, setting, sums, place, few, work, margins)
     first = _stage(wanted, np.int8(1), *given)
     second = third = first
     order = np.empty(margins.shape[1], tau.dtype)
@@ -265,6 +283,7 @@ def run(
     labels: np.ndarray,
     start: int,
     stop: int,
+    centre: np.ndarray,
     net: Compact,
     tables: Tables,
     setting: Setting,
@@ -274,6 +293,7 @@ def run(
 ) -> None:
     """Rows start..stop of a chunk: projections tau (N, rows) -> coefficients (N, rows) of the rows, and sums.
 
+    centre is (rows, K), what smoothing is centred on, or (0, K) for nothing (problems/multipliers.py).
     few is None where all forms are factored; else (:class:`Few`) some rows are worked on at a time, with their forms.
     """
     size = net.lift.shape[1]
@@ -286,10 +306,10 @@ def run(
         for i in range(start, stop):
             coefficient[j, i] = setting.zero
     if few is None and not tables.pairwise:
-        separate(tau, labels, start, stop, net, tables, setting, coefficient, sums, work)
+        separate(tau, labels, start, stop, centre, net, tables, setting, coefficient, sums, work)
         return
     place = np.zeros(2 * len(net.plus), np.int64)
     rows = max(1, stop - start) if few is None else few.rows
     for begin in range(start, stop, rows):
         end = min(begin + rows, stop)
-        _part(tau, labels, begin, end, net, tables, setting, coefficient, sums, place, few, work)
+        _part(tau, labels, begin, end, centre, net, tables, setting, coefficient, sums, place, few, work)

@@ -118,6 +118,7 @@ def separate(
     labels: np.ndarray,
     start: int,
     stop: int,
+    centre: np.ndarray,
     net: Compact,
     tables: Tables,
     setting: Setting,
@@ -152,6 +153,8 @@ def separate(
                 negative = tables.negative[labels[first + l], k]
                 bound = -value[l] if negative else value[l]
                 bound += curved * net.curvature[negative, k] - setting.radius * norm[l]
+                if len(centre) > 0:
+                    bound -= setting.mu * centre[first + l, k]
                 margins[l, k] = bound
                 needed = bound < setting.threshold
                 wanted[k, l] = 1 + negative if needed else 0
@@ -179,6 +182,10 @@ def separate(
                         around,
                         margins,
                     )
+        for l in range(width if len(centre) > 0 else 0):
+            for k in range(columns):
+                if wanted[k, l] != 0:
+                    margins[l, k] -= setting.mu * centre[first + l, k]
         for l in range(width):
             loss(margins[l], setting, order, slopes[l], sums.losses)
         for at in range(2 * columns):

@@ -13,6 +13,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import SATISFIED, MarginScan, Step
 from convex_head.problems.losses import MarginLoss
+from convex_head.problems.multipliers import constant, lowered, reach
 
 
 class Adjoint:
@@ -24,9 +25,10 @@ class Adjoint:
         loss: of the margins.
         radius, mu, blur: of the smoothed problem.
         examples: n of the mean, over all shards.
+        centre: (rows, K) multipliers that the smoothing is centred on (problems/multipliers.py), or None.
 
     Attributes:
-        losses: (2,) smoothed and hard loss, sums over the rows.
+        losses: (2,) smoothed and hard loss, sums over the rows; with a centre the second has no meaning.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class Adjoint:
         mu: float,
         blur: float,
         examples: int,
+        centre: Tensor | None = None,
     ):
-        self._scan, self._loss = scan, loss
+        self._scan, self._loss, self._centre = scan, loss, centre
         self._radius, self._mu, self._blur, self._examples = radius, mu, blur, examples
         self._spectra = spectra = scan.spectra(packed)
         vectors = packed.vectors
@@ -52,11 +55,12 @@ class Adjoint:
 
     def run(self) -> None:
         """Pass over all rows."""
-        scan, loss, mu = self._scan, self._loss, self._mu
-        for chunk, _, margins, steps in scan.passes(
-            self._spectra, self._radius, SATISFIED, self._blur, loss.window(mu)
-        ):
-            value, slopes = loss.smoothed(margins, scan.num_classes, mu)
+        scan, loss, mu, centre = self._scan, self._loss, self._mu, self._centre
+        further = reach(centre, mu)
+        limits = (SATISFIED + further, self._blur, loss.window(mu) + further)
+        self.losses[0] -= constant(centre, loss.share(scan.num_classes), mu)
+        for chunk, _, margins, steps in scan.passes(self._spectra, self._radius, *limits):
+            value, slopes = loss.smoothed(lowered(margins, centre, chunk.rows, mu), scan.num_classes, mu)
             hard = loss.value(margins, scan.num_classes)
             self.losses += torch.stack([value.double().sum(), hard.double().sum()])
             self._add(chunk.x, steps, slopes / -self._examples)

@@ -38,6 +38,7 @@ class DualReport:
         smoothing: mean of loss - <s, 1 - w>, the share of the gap that a narrower smoothing would close.
         rows: the worst cases behind the point, for problems/repair.py; None where they are
             too many to hold or of no use.
+        slopes: (n, K) of the margins, in [0, 1], of the rows held here; None where they are too many.
     """
 
     point: DualPoint
@@ -45,6 +46,7 @@ class DualReport:
     scale: float
     smoothing: float
     rows: DualRows | None = None
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import SATISFIED, MarginScan
 from convex_head.problems.losses import LOSSES, MarginLoss
+from convex_head.problems.multipliers import constant
 from convex_head.rows import Chunk
 
 # Fewer rows are not worth a thread.
@@ -43,10 +44,10 @@ def serves(scan: MarginScan, loss: MarginLoss) -> bool:
     return loss in LOSSES.values() and scan.rows.device.type == "cpu" and _kernels() is not None
 
 
-def _by_label(chunk: Chunk) -> Chunk:
+def _by_label(chunk: Chunk, centre: Tensor) -> tuple[Chunk, Tensor]:
     """The rows of a streamed chunk in another order, in which those of a label need the same forms."""
     order = torch.argsort(chunk.labels, stable=True)
-    return Chunk(chunk.rows, chunk.x[order], chunk.labels[order])
+    return Chunk(chunk.rows, chunk.x[order], chunk.labels[order]), centre[order] if len(centre) else centre
 
 
 class FusedPass:
@@ -58,9 +59,10 @@ class FusedPass:
         loss: of the margins.
         radius, mu, blur: of the smoothed problem.
         examples: n of the mean, over all shards.
+        centre: (rows, K) multipliers that the smoothing is centred on (problems/multipliers.py), or None.
 
     Attributes:
-        losses: (2,) smoothed and hard loss, sums over the rows.
+        losses: (2,) smoothed and hard loss, sums over the rows; with a centre the second has no meaning.
     """
 
     losses: Tensor
@@ -75,6 +77,7 @@ class FusedPass:
         mu: float,
         blur: float,
         examples: int,
+        centre: Tensor | None = None,
     ):
         kernels = _kernels()
         assert kernels is not None
@@ -89,6 +92,8 @@ class FusedPass:
         self._nu = packed.nu.reshape(-1)[self._alive].double().numpy()
         self._beta = packed.signs.reshape(-1)[self._alive].double().numpy()
         self._setting = self._settings(loss, radius, mu, blur, examples)
+        self._centre = torch.zeros(0, scan.num_margins, dtype=scan.rows.dtype) if centre is None else centre
+        self._constant = constant(centre, loss.share(scan.num_classes), mu)
         self._net = self._compact()
         self._tables = self._compiled.Tables(
             np.ascontiguousarray(scan.table_form.T.numpy()),
@@ -156,12 +161,13 @@ class FusedPass:
             width = len(self._bulk)
             buffers = torch.empty(2, width * rows, dtype=self._bulk.dtype)
             for chunk in self._scan.rows:
+                centre = self._centre[chunk.rows]
                 if self._scan.rows.stream and self._scan.forms.are_many():
-                    chunk = _by_label(chunk)
+                    chunk, centre = _by_label(chunk, centre)
                 shape = width, len(chunk.x)
                 tau, coefficient = (buffer[: width * len(chunk.x)].view(shape) for buffer in buffers)
                 torch.mm(self._bulk, chunk.x.mT, out=tau)
-                self._work(chunk, tau.numpy(), coefficient.numpy(), pool)
+                self._work(chunk, centre.numpy(), tau.numpy(), coefficient.numpy(), pool)
                 self._at_examples.addmm_(coefficient, chunk.x)
         self._collect()
 
@@ -183,12 +189,14 @@ class FusedPass:
             rows = max(1, min(_ROWS_OF_FEW, _BYTES_OF_FEW // max(1, bytes_of_a_row)))
             self._few = [self._compiled.Few(gram, self._beta, a, rows, np.zeros_like(gram)) for _ in threads]
 
-    def _work(self, chunk: Chunk, tau: np.ndarray, coefficient: np.ndarray, pool: ThreadPoolExecutor) -> None:
+    def _work(
+        self, chunk: Chunk, centre: np.ndarray, tau: np.ndarray, coefficient: np.ndarray, pool: ThreadPoolExecutor
+    ) -> None:
         n = len(chunk.x)
         parts = min(self._threads, max(1, n // _ROWS_OF_A_THREAD))
         edges = [n * part // parts for part in range(parts + 1)]
         labels = chunk.labels.numpy()
-        given = (self._net, self._tables, self._setting, coefficient)
+        given = (centre, self._net, self._tables, self._setting, coefficient)
         self._share(
             pool,
             self._chunk.run,
@@ -218,6 +226,7 @@ class FusedPass:
             mixed = np.zeros((len(self._beta), len(self._beta)))
             self._factors.combine(self._net, self._combination, sums, mixed)
         on_self = self._beta * (b * sums.projections / np.maximum(self._nu, self._setting.tiny) + 2 * c * sums.weights)
+        sums.losses[0] -= self._constant
         self.losses, self._mixed, self._on_self = (torch.from_numpy(part) for part in (sums.losses, mixed, on_self))
 
     def parts(self) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ one eigendecomposition and a scalar equation, and its Lagrangian value bounds it
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +41,7 @@ from convex_head.problems.dual_rows import DualRows, RowCollector
 from convex_head.problems.fused import FusedPass
 from convex_head.problems.losses import get_loss
 from convex_head.problems.moments import MomentSums
+from convex_head.problems.multipliers import fits, gathered, lowered, reach
 from convex_head.problems.preconditioner import preconditioner
 from convex_head.problems.repair import repaired
 from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale, losses_at_scales, objectives
@@ -59,7 +61,10 @@ _COMPILED_ROWS = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Smoothed objective, its gradient in the packed vectors (F, m, d) and the hard objective at the same point."""
+    """Smoothed objective, its gradient in the packed vectors (F, m, d) and the hard objective at the same point.
+
+    The hard objective is nan where the smoothing has a centre, because margins without a slope are then bounds.
+    """
 
     smoothed: float
     hard: float
@@ -221,18 +226,39 @@ class PolynomialProblem:
         """Blur of the inner problem (adversary/trust_region.py) whose bias is at most a fixed share of mu."""
         return _BLUR_SHARE * mu / (self.radius * self.d**0.5) if self.radius > 0 else 0.0
 
-    def evaluate(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> Evaluation:
+    @property
+    def holds_multipliers(self) -> bool:
+        """Whether smoothing can be centred on multipliers: they are few enough to be held."""
+        return fits(self.n, self.num_margins)
+
+    def has_shape_of(self, slopes: Tensor) -> bool:
+        """Whether multipliers are as many as the margins of the rows held here, in every process."""
+        return not self.shard.any(slopes.shape != (self._rows.n, self.num_margins))
+
+    def all_multipliers(self, slopes: Tensor) -> Tensor:
+        """Multipliers of all examples in the given order (n, K), from those of the rows held here."""
+        return gathered(slopes, self._rows.order, self.shard, self.n)
+
+    def own_multipliers(self, slopes: Tensor) -> Tensor:
+        """Multipliers of the rows held here, from those of all examples."""
+        first = self.shard.first
+        return slopes[first : first + self._rows.n].to(self._device, self.dtype)[self._rows.order]
+
+    def evaluate(self, packed: PackedNetwork, mu: float, blur: float = 0.0, centre: Tensor | None = None) -> Evaluation:
         """Smoothed objective (width mu), its gradient by Danskin's theorem, and the hard objective.
 
-        With blur, both are those of the blurred margins, which are smooth in the weights.
+        With blur, both are those of the blurred margins, which are smooth in the weights. centre: (n, K) multipliers
+        of the rows held here (problems/multipliers.py).
         """
         settings: dict[str, Any] = {"radius": self.radius, "mu": mu, "blur": blur, "examples": self.n}
+        settings["centre"] = centre
         adjoint = (FusedPass if self._is_compiled() else Adjoint)(self._scan, packed, self._loss, **settings)
         adjoint.run()
         self.shard.sum(*adjoint.parts())
         gradient = adjoint.gradient() + 2 * self.reg * packed.vectors.double()
         smooth, hard = (adjoint.losses / self.n).tolist()
         penalty = self.reg * float(packed.vectors.double().square().sum())
+        hard = hard if centre is None else math.nan
         return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
 
     def _is_compiled(self) -> bool:
@@ -244,11 +270,16 @@ class PolynomialProblem:
             settings: dict[str, Any] = {"radius": self.radius, "mu": 1.0, "blur": self.blur(1.0), "examples": self.n}
             FusedPass(self._sampled(), self.pack(self.random_network(1, 0)), self._loss, **settings).run()
 
-    def metric(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> Callable[[Tensor], Tensor]:
+    def metric(
+        self, packed: PackedNetwork, mu: float, blur: float = 0.0, centre: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """A preconditioner for the vectors at a network, from a sample of the rows (problems/preconditioner.py)."""
         settings: dict[str, Any] = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur}
         settings["rows"] = min(_METRIC_ROWS, self.n)
-        return preconditioner(self._sampled(), packed, self._loss, shard=self.shard, **settings)
+        scan = self._sampled()
+        drawn = scan.rows.drawn if self.n > _METRIC_ROWS else None
+        settings["centre"] = centre if centre is None or drawn is None else centre[drawn]
+        return preconditioner(scan, packed, self._loss, shard=self.shard, **settings)
 
     def _sampled(self) -> MarginScan:
         if self._reference is None:
@@ -257,7 +288,9 @@ class PolynomialProblem:
 
     # -- dual -----------------------------------------------------------------------------------------------
 
-    def dual_point(self, packed: PackedNetwork, mu: float, blur: float = 0.0) -> DualReport:
+    def dual_point(
+        self, packed: PackedNetwork, mu: float, blur: float = 0.0, centre: Tensor | None = None
+    ) -> DualReport:
         """Dual point from the slopes and worst cases of the smoothed problem, and what its gap is made of."""
         spectra = self._scan.spectra(packed)
         sums = self._moments()
@@ -265,8 +298,15 @@ class PolynomialProblem:
         collector = RowCollector() if self._scan.pairwise else None
         bound = torch.zeros(2, dtype=torch.float64, device=self._device)
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
-        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, _EXACT, blur, self._loss.window(mu)):
-            _, slopes = self._loss.smoothed(margins, self.num_classes, mu)
+        kept: Tensor | None = None
+        if self.holds_multipliers:
+            kept = torch.empty(self._rows.n, self.num_margins, dtype=self.dtype, device=self._device)
+        further = reach(centre, mu)
+        limits = (_EXACT + further, blur, self._loss.window(mu) + further)
+        for chunk, _, margins, steps in self._scan.passes(spectra, self.radius, *limits):
+            _, slopes = self._loss.smoothed(lowered(margins, centre, chunk.rows, mu), self.num_classes, mu)
+            if kept is not None:
+                kept[chunk.rows] = slopes / self._loss.share(self.num_classes)
             bound[0] += (slopes * (1 - margins)).double().sum()
             bound[1] += self._hard(margins).double().sum()
             if blur == 0:
@@ -285,7 +325,7 @@ class PolynomialProblem:
         scale, primal = best_scale(objectives(at_scales, self.n, penalty))
         linear, hard = bound.tolist()
         rows = None if collector is None else collector.rows(self.shard)
-        return DualReport(sums.point, primal, scale, (hard - linear) / self.n, rows)
+        return DualReport(sums.point, primal, scale, (hard - linear) / self.n, rows, kept)
 
     def _add_step(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.scan import MarginScan
 from convex_head.problems.losses import MarginLoss
+from convex_head.problems.multipliers import lowered, reach
 from convex_head.shards import Whole
 
 # With more functions than this all share one G.
@@ -36,6 +37,7 @@ def preconditioner(
     blur: float,
     rows: int,
     shard: Whole,
+    centre: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Approximate inverse Hessian at a network, on tensors (F, m, d).
 
@@ -45,6 +47,7 @@ def preconditioner(
         loss, radius, reg, mu, blur: of the smoothed problem.
         rows: rows of the samples of all processes.
         shard: adds up over the processes.
+        centre: (rows, K) of the smoothing, of the sample's rows, or None.
     """
     spectra = scan.spectra(packed)
     functions, m, d = packed.vectors.shape
@@ -53,8 +56,9 @@ def preconditioner(
     outer = torch.zeros(functions, m, m, dtype=torch.float64, device=device)
     count = torch.zeros(functions, dtype=torch.float64, device=device)
     share = loss.share(scan.num_classes) / (mu * rows)
-    for chunk, _, margins, steps in scan.passes(spectra, radius, 1.0, blur, loss.window(mu)):
-        _, slopes = loss.smoothed(margins, scan.num_classes, mu)
+    further = reach(centre, mu)
+    for chunk, _, margins, steps in scan.passes(spectra, radius, 1.0 + further, blur, loss.window(mu) + further):
+        _, slopes = loss.smoothed(lowered(margins, centre, chunk.rows, mu), scan.num_classes, mu)
         free = loss.free(slopes, scan.num_classes)
         weights = torch.zeros(len(margins) * functions, dtype=margins.dtype, device=device)
         for step in steps:

@@ -40,6 +40,7 @@ class Run:
     callbacks: tuple[Callback, ...]
     seed: int
     start: Any = None
+    multipliers: Any = None
     began: float = field(default_factory=time.perf_counter)
     primal: float = math.inf
     dual: float = 0.0
@@ -135,7 +136,8 @@ class Solver(abc.ABC):
             max_seconds: wall-clock limit, or None; compiling, seconds the first time on a machine, is not in it.
             callbacks: called with a :class:`Progress` an outer iteration; one that returns True stops the solve.
             seed: seeds whatever is random.
-            start: a network to start from (warm start), or None.
+            start: a network to start from (warm start), or the result of another solve on the same examples, whose
+                multipliers are then used too where the solver has a use for them; or None.
             checkpoint: file that holds where the solve stands after every outer iteration, or None. Where it exists,
                 the solve goes on from it, to the same result; it stays when the solve ends.
 
@@ -156,6 +158,8 @@ class Solver(abc.ABC):
         if prepare is not None:
             prepare()
         run = Run(tol, max_seconds, tuple(callbacks), seed, start)
+        if isinstance(start, SolveResult):
+            run.start, run.multipliers = start.network, start.multipliers
         if checkpoint is not None:
             if not self.keeps_checkpoints:
                 raise SolveCheckpointError(
@@ -224,6 +228,7 @@ class Solver(abc.ABC):
             message=message,
             solver=self.name,
             network=run.network,
+            multipliers=run.multipliers,
             extra=run.extra,
         )
 

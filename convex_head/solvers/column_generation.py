@@ -4,7 +4,8 @@ Repeat: minimise the smoothed problem over the neurons that the network has (L-B
 which the problem is smooth and unconstrained), read slopes and worst-case points off that minimum, ask the exact
 oracle for the best neuron anywhere on the sphere, and either stop - its value proves that no wider network is
 better - or go on: with a narrower smoothing where smoothing makes the gap, with the oracle's neurons added where a
-missing neuron does. Neurons that have shrunk to nothing are dropped.
+missing neuron does. Neurons that have shrunk to nothing are dropped. Smoothing is centred on the slopes of the last
+minimum (problems/multipliers.py), so that its width needs to shrink far less than the gap.
 
 The inner problem is blurred in proportion to the smoothing width (adversary/trust_region.py), because its worst-case
 points are not unique at larger radii and L-BFGS stalls on the kinks that this makes.
@@ -21,7 +22,8 @@ Source: fully corrective Frank-Wolfe with a convex-gauge oracle (M. Jaggi, ICML 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualReport, OracleAnswer
+from convex_head.problems.multipliers import Multipliers
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.curvature import CurvatureMemory
 from convex_head.solvers.lbfgs import minimise
@@ -57,6 +60,10 @@ _FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 3.0, 0.03, 0.1
 # Smoothing may keep this share of tol open; where it keeps more, its width is set for the second share at most.
 _SMOOTHING_SHARE = 0.6
 _SMOOTHING_AIM = 0.5
+# While a new centre takes what smoothing keeps open down to this share, its width stays.
+_SETTLING = 0.5
+# A path goes on with a width so many times that of the head before.
+_REOPEN = 1.5
 # A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
 _REPAIR_SHARE = 3.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
@@ -67,6 +74,25 @@ _SAMPLE_OF_FUNCTION = 32
 _SAMPLE_GROWTH = 4
 _LEAST_FACTOR = 2.5
 _SAMPLE_TOL = 0.1
+
+
+@dataclass
+class _State:
+    """Where outer iterations stand.
+
+    Attributes:
+        network: the point.
+        mu: width of the smoothing.
+        accuracy: of the next inner minimisation.
+        centre: multipliers that the smoothing is centred on, or None.
+        open: what smoothing kept open at the last point.
+    """
+
+    network: Network
+    mu: float
+    accuracy: float
+    centre: Tensor | None = None
+    open: float = math.inf
 
 
 class ColumnGeneration(Solver):
@@ -92,70 +118,83 @@ class ColumnGeneration(Solver):
         run.extra["evaluations"] = 0
         self._memory = CurvatureMemory()
         saved = run.resume(problem.device)
-        accuracy = min(_MOST_FIRST, max(_LEAST_FIRST, _FIRST_ACCURACY * run.tol))
         if saved is not None:
             network, numbers, tensors = saved
-            mu, accuracy = numbers["mu"], numbers["accuracy"]
             self._memory = CurvatureMemory.of(tensors, network)
+            centre = tensors.get("centre")
+            centre = None if centre is None else problem.own_multipliers(centre)
+            state = _State(network, numbers["mu"], numbers["accuracy"], centre, numbers.get("open", math.inf))
         elif run.start is not None and float(run.start.norm) > 0:
-            network, mu = self._resume_from(problem, run.start, run)
+            state = self._resume_from(problem, run.start, run)
         else:
-            mu = _FIRST_WIDTH
+            state = _State(problem.zero_network(), _FIRST_WIDTH, _first_accuracy(run))
             if problem.num_functions > _MANY:
-                mu = _FIRST_WIDTH_OF_MANY
+                state.mu = _FIRST_WIDTH_OF_MANY
                 # Near the zero network every pair of classes is at work; from discriminants few are.
-                network = problem.fit_scale(problem.discriminant_network(), mu)
-            elif self._is_zero_optimal(problem, mu, run):
+                state.network = problem.fit_scale(problem.discriminant_network(), state.mu)
+            elif self._is_zero_optimal(problem, state.mu, run):
                 return
             else:
-                network = problem.random_network(self._width(problem), run.seed)
+                state.network = problem.random_network(self._width(problem), run.seed)
             try:
                 for size in _sample_sizes(problem.n, problem.num_functions):
                     part = problem.sample(size, run.seed)
                     trial = run.trial(max(_SAMPLE_TOL, run.tol))
-                    network, mu, accuracy = self._iterate(part, trial, network, mu, accuracy)
+                    state = self._iterate(part, trial, state)
+                    state.centre = None
             except KeyboardInterrupt:
-                self._measure(problem, network, mu, run)
+                self._measure(problem, state, run)
                 raise
             if run.out_of_time():
-                self._measure(problem, network, mu, run)
-        self._iterate(problem, run, network, mu, accuracy)
+                self._measure(problem, state, run)
+        self._iterate(problem, run, state)
 
-    def _iterate(
-        self, problem: Any, run: Run, network: Network, mu: float, accuracy: float
-    ) -> tuple[Network, float, float]:
+    def _iterate(self, problem: Any, run: Run, state: _State) -> _State:
         """Outer iterations until the run is finished; returns where they stand."""
         for _ in range(len(run.history), self.max_iterations):
             if run.finished():
                 break
-            if mu < _NARROWEST or _stalled(run):
+            if state.mu < _NARROWEST or _stalled(run):
                 run.stalled = True
                 break
-            network, converged = self._correct(problem, network, mu, accuracy, run)
-            report, answer = self._measure(problem, network, mu, run)
+            converged = self._correct(problem, state, run)
+            report, answer = self._measure(problem, state, run)
             if run.finished():
                 break
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
-                mu *= self._narrowing(report, run)
+                if state.centre is None or report.smoothing > _SETTLING * state.open:
+                    state.mu *= self._narrowing(report, run)
+                state.open = report.smoothing
             elif converged:
                 violation = float(answer.bounds.amax()) / problem.reg - 1
-                accuracy = min(accuracy, max(_TIGHTEN * accuracy, _INNER_SHARE * violation))
+                state.accuracy = min(state.accuracy, max(_TIGHTEN * state.accuracy, _INNER_SHARE * violation))
             if converged:
-                network = self._add(network, answer, problem.reg * (1 + 0.5 * accuracy), self._width(problem))
-            run.save(network, self._memory.tensors(), mu=mu, accuracy=accuracy)
-        return network, mu, accuracy
+                state.centre = report.slopes
+                reg = problem.reg * (1 + 0.5 * state.accuracy)
+                state.network = self._add(state.network, answer, reg, self._width(problem))
+            if run.checkpoint is not None:
+                tensors = self._memory.tensors()
+                if state.centre is not None:
+                    tensors["centre"] = problem.all_multipliers(state.centre)
+                run.save(state.network, tensors, mu=state.mu, accuracy=state.accuracy, open=state.open)
+        return state
 
-    def _resume_from(self, problem: Any, start: Network, run: Run) -> tuple[Network, float]:
+    def _resume_from(self, problem: Any, start: Network, run: Run) -> _State:
         """The start, scaled, and the width to go on with; a start that is good enough ends the solve here.
 
-        That width is the one that proves most where the start is nearly optimal, else one wider than the first at
-        which smoothing is no longer what keeps the gap open.
+        With multipliers of the same examples that is a width somewhat larger than theirs. Else it is the one that
+        proves most where the start is nearly optimal, else one wider than the first at which smoothing is no longer
+        what keeps the gap open.
         """
+        accuracy, given = _first_accuracy(run), run.multipliers
+        if given is not None and problem.holds_multipliers and problem.has_shape_of(given.slopes):
+            centre = given.slopes.to(problem.device, problem.dtype)
+            return _State(start, min(_FIRST_WIDTH, _REOPEN * given.width), accuracy, centre)
         tried: dict[float, tuple[float, Network]] = {}
 
         def measure(mu: float) -> DualReport:
             network = problem.fit_scale(start, mu)
-            report, answer = self._measure(problem, network, mu, run)
+            report, answer = self._measure(problem, _State(network, mu, accuracy), run)
             tried[mu] = answer.dual, network
             return report
 
@@ -175,7 +214,7 @@ class ColumnGeneration(Solver):
             factor **= 0.5
         best = max(tried, key=lambda mu: tried[mu][0])
         mu = best if run.gap <= _NEAR else wider
-        return tried[mu][1], mu
+        return _State(tried[mu][1], mu, accuracy)
 
     @staticmethod
     def _narrowing(report: DualReport, run: Run) -> float:
@@ -196,10 +235,12 @@ class ColumnGeneration(Solver):
         run.report(primal=report.primal, dual=dual, network=zero, neurons=zero.size)
         return run.finished()
 
-    def _measure(self, problem: Any, network: Network, mu: float, run: Run) -> tuple[DualReport, OracleAnswer]:
+    def _measure(self, problem: Any, state: _State, run: Run) -> tuple[DualReport, OracleAnswer]:
         """Report the exact objective of the network at its best scaling, and the bound that it proves."""
+        network, mu = state.network, state.mu
         packed = problem.pack(network)
-        report = problem.dual_point(packed, mu, problem.blur(mu))
+        report = problem.dual_point(packed, mu, problem.blur(mu), state.centre)
+        run.multipliers = None if report.slopes is None else Multipliers(report.slopes, mu)
         answer = problem.oracle(report.point)
         if report.rows is not None and report.smoothing <= _REPAIR_SHARE * run.tol * report.primal:
             answer = problem.repair(report.rows, packed, answer, (1 - run.tol) * min(run.primal, report.primal))
@@ -207,14 +248,15 @@ class ColumnGeneration(Solver):
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer
 
-    def _correct(self, problem: Any, network: Network, mu: float, accuracy: float, run: Run) -> tuple[Network, bool]:
-        """Minimise the smoothed problem over the neurons of ``network``; also says whether to ``accuracy``."""
+    def _correct(self, problem: Any, state: _State, run: Run) -> bool:
+        """Minimise the smoothed problem over the neurons of the network; returns whether to the state's accuracy."""
         reached = False
+        network, mu, accuracy, centre = state.network, state.mu, state.accuracy, state.centre
         blur = problem.blur(mu)
         packed = problem.pack(network)
 
         def objective(vectors: Tensor) -> tuple[float, Tensor]:
-            point = problem.evaluate(PackedNetwork.of(vectors, packed.signs), mu, blur)
+            point = problem.evaluate(PackedNetwork.of(vectors, packed.signs), mu, blur, centre)
             return point.smoothed, point.gradient
 
         def converged(vectors: Tensor, gradient: Tensor) -> bool:
@@ -236,7 +278,7 @@ class ColumnGeneration(Solver):
             converged=converged,
             max_evaluations=self.inner_evaluations,
             stop=run.out_of_time,
-            metric=problem.metric(packed, mu, blur),
+            metric=problem.metric(packed, mu, blur, centre),
             pairs=pairs,
         )
         run.extra["evaluations"] += evaluations
@@ -244,7 +286,8 @@ class ColumnGeneration(Solver):
         keep = after.weights.abs() > _DEAD * after.norm
         alive = (vectors.norm(dim=-1) > 0) & (packed.signs != 0)
         self._memory.store(pairs, alive, keep)
-        return Network(after.directions[keep], after.weights[keep], after.function[keep]), reached
+        state.network = Network(after.directions[keep], after.weights[keep], after.function[keep])
+        return reached
 
     def _width(self, problem: Any) -> int:
         return self.neurons or max(1, min(_NEURONS, _ALL_NEURONS // problem.num_functions))
@@ -260,6 +303,10 @@ class ColumnGeneration(Solver):
             torch.cat([network.weights, weight * signs]),
             torch.cat([network.function, function]),
         )
+
+
+def _first_accuracy(run: Run) -> float:
+    return min(_MOST_FIRST, max(_LEAST_FIRST, _FIRST_ACCURACY * run.tol))
 
 
 def _sample_sizes(n: int, functions: int) -> list[int]:

@@ -57,6 +57,8 @@ class SolveResult:
         message: one sentence for humans.
         solver: name of the solver.
         network: the point itself.
+        multipliers: the dual side of the last point, for a solve that starts from this one
+            (:class:`~convex_head.problems.multipliers.Multipliers`); None where the solver has none.
         extra: solver-specific measurements (for example constraint violations).
     """
 
@@ -71,6 +73,7 @@ class SolveResult:
     message: str
     solver: str
     network: Any = field(repr=False, default=None)
+    multipliers: Any = field(repr=False, default=None)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

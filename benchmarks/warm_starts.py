@@ -4,9 +4,9 @@
     python -m benchmarks.warm_starts --quick    seconds
 
 Every head of a path starts from the network and the multipliers of the head before it, as robustify follows a path; the
-first starts from scratch. A single fit is the mean of three fits from scratch, at the first, the middle and the last setting of the same
-path, to the same certified gap. Work is counted in passes (evaluations of objective and gradient with every worst
-case) and in CPU seconds, which have everything in them. crammer_singer, float64, one thread.
+first starts from scratch. A single fit is the mean of three fits from scratch, at the first, the middle and the last
+setting of the same path, to the same certified gap. Work is counted in passes (evaluations of objective and gradient
+with every worst case) and in CPU seconds, which have everything in them. crammer_singer, float64, one thread.
 """
 
 from __future__ import annotations

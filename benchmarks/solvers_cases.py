@@ -101,6 +101,7 @@ class SideBySide:
             "commit": provenance.commit(),
         }
         problem = problem_of(split, entry.loss, reg)
+        problem.prepare()  # compiling is nobody's work
         seconds, cpu_seconds = [], []
         for _ in range(entry.repeats):
             began, cpu_began = time.perf_counter(), time.process_time()

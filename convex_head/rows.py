@@ -3,7 +3,8 @@
 A chunk is standardised in float64 and handed over in the dtype of the bulk computation. Rows held in memory are
 standardised once and sorted by label, so that examples of a label lie together. Streamed rows stay where they are, in
 the order of the file: a thread reads and standardises the next chunks while the present one is worked on, and the
-pages that were read are given back, so that memory is set by the chunk and not by the data.
+pages that were read are given back, so that memory is set by the chunk and not by the data (but for labels, and for
+multipliers, where they are few enough to be held: problems/multipliers.py).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Rows:
         self.labels = labels[self.order]
         #: Of a sample: where its rows are among those it was drawn from, in its own order.
         self.drawn: Tensor | None = None
+        self._digest: tuple[float, float] | None = None
         self._held: Tensor | None = None
         if not stream:
             held = torch.empty(self.n, self.d, dtype=dtype, device=self.device)
@@ -121,11 +123,14 @@ class Rows:
 
     def digest(self) -> tuple[float, float]:
         """Two sums that change with the labels and with the features of some rows."""
+        if self._digest is not None:
+            return self._digest
         weight = torch.cos(torch.arange(self.n, dtype=torch.float64, device=self.device))
         some = torch.arange(0, self.n, max(1, self.n // 1000), device=self.device)
         x = self._held[some] if self._held is not None else self._read(some)
         column = torch.cos(torch.arange(self.d, dtype=torch.float64, device=self.device))
-        return float(weight @ self.labels.double()), float(weight[some] @ (x.double() @ column))
+        self._digest = float(weight @ self.labels.double()), float(weight[some] @ (x.double() @ column))
+        return self._digest
 
     def sample(self, count: int, seed: int, first: int = 0, total: int | None = None) -> Rows:
         """``count`` rows drawn at random, in memory, of ``total`` rows of which these are number ``first`` onwards.

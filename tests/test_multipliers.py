@@ -1,5 +1,6 @@
 """Smoothing that is centred on multipliers: its value, its gradient, its bound, and what starts from it."""
 
+from pathlib import Path
 from typing import Any
 
 import cvxpy as cp
@@ -9,8 +10,10 @@ import torch
 from test_fused import PROBLEMS, evaluations, make, network
 
 from convex_head import ConvexRobustHead
+from convex_head.errors import ConvergenceWarning, StartError
 from convex_head.problems import multipliers, polynomial
 from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.solvers import column_generation, get_solver
 from convex_head.solvers.column_generation import ColumnGeneration
 
 cases = pytest.mark.parametrize(("classes", "loss"), PROBLEMS, ids=[f"{c}-{l}" for c, l in PROBLEMS])
@@ -102,13 +105,23 @@ def test_a_path_goes_on_from_results() -> None:
         assert further.converged
         passes[name] = further.extra["evaluations"]
     assert passes["result"] < 0.6 * passes["cold"] and passes["network"] < passes["cold"]
-    # Multipliers of other examples are of no use; the network is.
+    # The start counts, however little time there is.
+    with pytest.warns(ConvergenceWarning, match="max_time"):
+        short = ColumnGeneration().solve(make(80, 5, 3, "crammer_singer"), tol=1e-6, max_seconds=1e-6, start=first)
+    assert short.primal <= first.primal * (1 + 1e-9) and short.multipliers is not first.multipliers
+    with pytest.warns(ConvergenceWarning, match="penalty"):
+        penalty = get_solver("penalty").solve(make(80, 5, 3, "one_vs_rest"), tol=0.5, start=first, max_seconds=2)
+    assert penalty.multipliers is None
+    # Multipliers of other examples are of no use, as many as they may be; the network is.
+    same = make(80, 5, 3, "crammer_singer", radius=0.1)
+    turned = PolynomialProblem(-same.features, same.labels, num_classes=3, radius=0.4, reg=0.02)
+    assert not turned.takes(first.multipliers) and same.takes(first.multipliers)
     other = ColumnGeneration().solve(make(60, 5, 3, "crammer_singer"), tol=3e-3, start=first)
     alone = ColumnGeneration().solve(make(60, 5, 3, "crammer_singer"), tol=3e-3, start=first.network)
     assert other.converged and other.extra["evaluations"] == alone.extra["evaluations"]
 
 
-def test_heads_start_from_results() -> None:
+def test_heads_start_from_results(tmp_path: Path) -> None:
     problem = make(80, 5, 3, "crammer_singer")
     x, y = problem.features, problem.labels
     head = ConvexRobustHead(5, 3, radius=0.4, reg=0.02).fit(x, y, tol=3e-3)
@@ -120,6 +133,33 @@ def test_heads_start_from_results() -> None:
     assert warm is not None and cold is not None and warm.converged
     assert warm.primal == pytest.approx(cold.primal, rel=3e-3)
     assert warm.extra["evaluations"] < cold.extra["evaluations"]
+    loaded = ConvexRobustHead.load(head.save(tmp_path / "head.safetensors"))
+    with pytest.raises(StartError, match="found a result without one"):
+        ConvexRobustHead(5, 3).fit(x, y, start=loaded.result_)
+    gated = ConvexRobustHead(5, 3, activation="gated_relu", patterns=4).fit(x, y, tol=0.5)
+    with pytest.raises(StartError, match="found a GateNetwork"):
+        ConvexRobustHead(5, 3).fit(x, y, start=gated.result_)
+    with pytest.raises(StartError, match="must be a network on gates; found a Network"):
+        ConvexRobustHead(5, 3, activation="gated_relu", patterns=4).fit(x, y, start=head.result_)
+
+
+def test_ctrl_c_while_samples_have_a_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The centre of a sample's rows is none for all rows."""
+    monkeypatch.setattr(column_generation, "_FIRST_SAMPLE", 200)
+    monkeypatch.setattr(column_generation, "_SAMPLE_TOL", 1e-3)
+    problem, calls = make(900, 5, 3, "crammer_singer"), []
+    correct = ColumnGeneration._correct
+
+    def interrupted(self: Any, part: Any, state: Any, run: Any) -> bool:
+        calls.append(state.centre is not None)
+        if calls[-1]:
+            raise KeyboardInterrupt
+        return correct(self, part, state, run)
+
+    monkeypatch.setattr(ColumnGeneration, "_correct", interrupted)
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        result = ColumnGeneration().solve(problem, tol=1e-3)
+    assert calls == [False, True] and result.status == "interrupted" and 0 < result.gap < 1
 
 
 def test_without_room_for_them_solves_go_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

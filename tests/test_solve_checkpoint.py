@@ -29,6 +29,8 @@ def test_an_interrupted_fit_ends_in_the_same_head(tmp_path: Path) -> None:
     assert (resumed.result_.primal, resumed.result_.dual) == (straight.result_.primal, straight.result_.dual)
     assert [line.gap for line in resumed.result_.history] == [line.gap for line in straight.result_.history]
     assert resumed.result_.extra["evaluations"] == straight.result_.extra["evaluations"]
+    assert torch.equal(resumed.result_.multipliers.slopes, straight.result_.multipliers.slopes)
+    assert resumed.result_.multipliers.width == straight.result_.multipliers.width
 
 
 def test_a_checkpoint_of_another_problem_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

@@ -247,6 +247,8 @@ class GateProblem:
         Raises:
             StartError: other gates, functions or features.
         """
+        if not isinstance(start, GateNetwork):
+            raise StartError(f"start must be a network on gates; found a {type(start).__name__}.")
         vectors = start.vectors.to(self.x.device).double()
         if tuple(vectors.shape) != self.shape or not torch.equal(start.gates.to(self.gates), self.gates):
             raise StartError(

@@ -14,6 +14,7 @@ Source: R. T. Rockafellar, Augmented Lagrangians and applications of the proxima
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from convex_head.shards import Whole
 
 # Problems with more margins than this are smoothed without a centre, which takes a number for each.
 _MOST = 1 << 24
+_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,18 @@ class Multipliers:
     Attributes:
         slopes: (n, K) of the margins of the examples held here, in the order of the problem, in [0, 1].
         width: of the smoothing that they belong to.
+        data: digest of these examples in this order.
     """
 
     slopes: Tensor
     width: float
+    data: tuple[float, float]
+
+    def belong(self, shape: tuple[int, int], data: tuple[float, float]) -> bool:
+        """Whether they are multipliers of margins of this shape, on data with this digest up to single precision."""
+        return tuple(self.slopes.shape) == shape and all(
+            math.isclose(own, other, rel_tol=_SAME, abs_tol=_SAME) for own, other in zip(self.data, data, strict=True)
+        )
 
 
 def fits(examples: int, margins: int) -> bool:

@@ -41,7 +41,7 @@ from convex_head.problems.dual_rows import DualRows, RowCollector
 from convex_head.problems.fused import FusedPass
 from convex_head.problems.losses import get_loss
 from convex_head.problems.moments import MomentSums
-from convex_head.problems.multipliers import fits, gathered, lowered, reach
+from convex_head.problems.multipliers import Multipliers, fits, gathered, lowered, reach
 from convex_head.problems.preconditioner import preconditioner
 from convex_head.problems.repair import repaired
 from convex_head.problems.scaling import SCALES, best_scale, interpolated_scale, losses_at_scales, objectives
@@ -185,6 +185,8 @@ class PolynomialProblem:
         Raises:
             StartError: another number of features, or a neuron of a function that the problem does not have.
         """
+        if not isinstance(network, Network):
+            raise StartError(f"start must be a polynomial network; found a {type(network).__name__}.")
         functions = int(network.function.max()) + 1 if network.size else 0
         width = network.directions.shape[1]
         if width != self.d or functions > self.num_functions:
@@ -231,9 +233,14 @@ class PolynomialProblem:
         """Whether smoothing can be centred on multipliers: they are few enough to be held."""
         return fits(self.n, self.num_margins)
 
-    def has_shape_of(self, slopes: Tensor) -> bool:
-        """Whether multipliers are as many as the margins of the rows held here, in every process."""
-        return not self.shard.any(slopes.shape != (self._rows.n, self.num_margins))
+    def multipliers(self, slopes: Tensor | None, width: float) -> Multipliers | None:
+        """Slopes of the rows held here as what another solve on them can start from."""
+        return None if slopes is None else Multipliers(slopes, width, self._rows.digest())
+
+    def takes(self, given: Multipliers) -> bool:
+        """Whether multipliers are those of the same examples, in every process."""
+        own = self.holds_multipliers and given.belong((self._rows.n, self.num_margins), self._rows.digest())
+        return not self.shard.any(not own)
 
     def all_multipliers(self, slopes: Tensor) -> Tensor:
         """Multipliers of all examples in the given order (n, K), from those of the rows held here."""

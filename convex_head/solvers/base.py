@@ -30,7 +30,7 @@ Callback = Callable[[Progress], Any]
 
 @dataclass
 class Run:
-    """Book-keeping of one solve: best point, best bound, history, clock.
+    """Book-keeping of one solve: best point, best bound, history, clock; multipliers given, and found.
 
     A callback that returns True ends the solve after the current iteration.
     """
@@ -40,6 +40,7 @@ class Run:
     callbacks: tuple[Callback, ...]
     seed: int
     start: Any = None
+    given: Any = None
     multipliers: Any = None
     began: float = field(default_factory=time.perf_counter)
     primal: float = math.inf
@@ -159,7 +160,7 @@ class Solver(abc.ABC):
             prepare()
         run = Run(tol, max_seconds, tuple(callbacks), seed, start)
         if isinstance(start, SolveResult):
-            run.start, run.multipliers = start.network, start.multipliers
+            run.start, run.given = start.network, start.multipliers
         if checkpoint is not None:
             if not self.keeps_checkpoints:
                 raise SolveCheckpointError(

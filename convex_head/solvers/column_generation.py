@@ -32,7 +32,6 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualReport, OracleAnswer
-from convex_head.problems.multipliers import Multipliers
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.curvature import CurvatureMemory
 from convex_head.solvers.lbfgs import minimise
@@ -121,8 +120,7 @@ class ColumnGeneration(Solver):
         if saved is not None:
             network, numbers, tensors = saved
             self._memory = CurvatureMemory.of(tensors, network)
-            centre = tensors.get("centre")
-            centre = None if centre is None else problem.own_multipliers(centre)
+            centre = _restore(problem, run, numbers, tensors)
             state = _State(network, numbers["mu"], numbers["accuracy"], centre, numbers.get("open", math.inf))
         elif run.start is not None and float(run.start.norm) > 0:
             state = self._resume_from(problem, run.start, run)
@@ -143,6 +141,7 @@ class ColumnGeneration(Solver):
                     state = self._iterate(part, trial, state)
                     state.centre = None
             except KeyboardInterrupt:
+                state.centre = None  # that of a sample's rows
                 self._measure(problem, state, run)
                 raise
             if run.out_of_time():
@@ -173,10 +172,9 @@ class ColumnGeneration(Solver):
                 reg = problem.reg * (1 + 0.5 * state.accuracy)
                 state.network = self._add(state.network, answer, reg, self._width(problem))
             if run.checkpoint is not None:
-                tensors = self._memory.tensors()
-                if state.centre is not None:
-                    tensors["centre"] = problem.all_multipliers(state.centre)
-                run.save(state.network, tensors, mu=state.mu, accuracy=state.accuracy, open=state.open)
+                tensors = self._memory.tensors() | _to_keep(problem, run, state)
+                width = 0.0 if run.multipliers is None else run.multipliers.width
+                run.save(state.network, tensors, mu=state.mu, accuracy=state.accuracy, open=state.open, width=width)
         return state
 
     def _resume_from(self, problem: Any, start: Network, run: Run) -> _State:
@@ -186,10 +184,12 @@ class ColumnGeneration(Solver):
         proves most where the start is nearly optimal, else one wider than the first at which smoothing is no longer
         what keeps the gap open.
         """
-        accuracy, given = _first_accuracy(run), run.multipliers
-        if given is not None and problem.holds_multipliers and problem.has_shape_of(given.slopes):
+        accuracy, given = _first_accuracy(run), run.given
+        if given is not None and problem.takes(given):
             centre = given.slopes.to(problem.device, problem.dtype)
-            return _State(start, min(_FIRST_WIDTH, _REOPEN * given.width), accuracy, centre)
+            state = _State(start, min(_FIRST_WIDTH, _REOPEN * given.width), accuracy, centre)
+            self._measure(problem, state, run)
+            return state
         tried: dict[float, tuple[float, Network]] = {}
 
         def measure(mu: float) -> DualReport:
@@ -240,7 +240,7 @@ class ColumnGeneration(Solver):
         network, mu = state.network, state.mu
         packed = problem.pack(network)
         report = problem.dual_point(packed, mu, problem.blur(mu), state.centre)
-        run.multipliers = None if report.slopes is None else Multipliers(report.slopes, mu)
+        run.multipliers = problem.multipliers(report.slopes, mu)
         answer = problem.oracle(report.point)
         if report.rows is not None and report.smoothing <= _REPAIR_SHARE * run.tol * report.primal:
             answer = problem.repair(report.rows, packed, answer, (1 - run.tol) * min(run.primal, report.primal))
@@ -303,6 +303,25 @@ class ColumnGeneration(Solver):
             torch.cat([network.weights, weight * signs]),
             torch.cat([network.function, function]),
         )
+
+
+def _to_keep(problem: Any, run: Run, state: _State) -> dict[str, Tensor]:
+    """What a checkpoint keeps of multipliers: those of the last point, and the centre where it is another."""
+    slopes = None if run.multipliers is None else run.multipliers.slopes
+    found = {} if slopes is None else {"slopes": problem.all_multipliers(slopes)}
+    if state.centre is slopes or state.centre is None:
+        return found | {"centred": torch.tensor(state.centre is not None)}
+    return found | {"centre": problem.all_multipliers(state.centre)}
+
+
+def _restore(problem: Any, run: Run, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor | None:
+    """The centre that :func:`_to_keep` described; multipliers of the last point into the run."""
+    slopes = problem.own_multipliers(tensors["slopes"]) if "slopes" in tensors else None
+    run.multipliers = problem.multipliers(slopes, numbers.get("width", 0.0))
+    if "centre" in tensors:
+        centre: Tensor = problem.own_multipliers(tensors["centre"])
+        return centre
+    return slopes if "centred" in tensors and bool(tensors["centred"]) else None
 
 
 def _first_accuracy(run: Run) -> float:

@@ -21,8 +21,9 @@ import torch
 from convex_head.problems.gates import GateNetwork
 from convex_head.problems.relu import FEASIBLE, ReluProblem
 
-# Share of FEASIBLE that programs allow; the rest is for the conic solver's own tolerance.
-_ALLOWED = 0.5
+# Shares of FEASIBLE: what programs allow, and from where on a vector is moved. The rest is for the conic solver's own
+# tolerance and for rounding.
+_ALLOWED, _MOVED = 0.25, 0.5
 
 
 def into_cones(problem: ReluProblem, network: GateNetwork, stop: Callable[[], bool]) -> GateNetwork:
@@ -37,7 +38,7 @@ def into_cones(problem: ReluProblem, network: GateNetwork, stop: Callable[[], bo
     """
     vectors, x = network.vectors.clone(), problem.x.double().cpu().numpy()
     sides = problem.sides.double().cpu().numpy()
-    for group, function in (problem.largest_violations(network) > FEASIBLE).nonzero().tolist():
+    for group, function in (problem.largest_violations(network) > _MOVED * FEASIBLE).nonzero().tolist():
         if stop():
             break
         cone = sides[:, group % sides.shape[1], None] * x

@@ -192,7 +192,7 @@ class _WorkingSet:
             return
         network = into_cones(self.hard, _prune(GateNetwork(self.problem.gates, self.best)), self.run.finished)
         self.run.report(primal=self.hard.objective(network), dual=self.dual, network=network, neurons=network.size)
-        if self.run.gap <= self.run.tol or self.run.stalled:
+        if self.run.gap <= self.run.tol or not solved:
             return
         self.problem.slack *= _SLACK_GROWTH
         self.run.stalled = self.problem.slack > _LAST_SLACK

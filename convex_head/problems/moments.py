@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from convex_head.adversary.margins import Forms
+from convex_head.adversary.scan import Step
 from convex_head.problems.dual import DualPoint
+from convex_head.problems.dual_rows import RowCollector
+from convex_head.rows import Chunk
+
+# Numbers of worst-case points made at once.
+_DENSE = 1 << 23
 
 
 class MomentSums:
@@ -79,3 +85,34 @@ class MomentSums:
                 yield [(key, 1.0)], weight, x[place]
             else:
                 yield [(int(end[key]), sign) for end, sign in zip(ends, (1.0, -1.0), strict=False)], weight, x[place]
+
+
+def add_step(
+    sums: MomentSums,
+    forms: Forms,
+    chunk: Chunk,
+    step: Step,
+    weights: Tensor,
+    free: Tensor,
+    collector: RowCollector | None,
+) -> None:
+    """Add one group's worst cases, weighted (G, B), to the sums of a dual point, and where it is kept each of them."""
+    group, bases = step.group_pass.group, step.group_pass.basis()
+    blocks = max(1, _DENSE // max(1, weights.shape[1] * chunk.x.shape[1]))
+    for start in range(0, len(weights), blocks):
+        part = slice(start, start + blocks)
+        g, place = weights[part].nonzero(as_tuple=True)
+        if len(g) == 0:
+            continue
+        indices, signs = group.forms[part], group.signs[part].to(weights.dtype)
+        rows, weight = group.rows[part][g, place], weights[part][g, place]
+        worst = chunk.x[rows] + (step.ehat[part] @ bases[part].mT)[g, place]
+        sums.add(indices[g], signs[g], weight, worst)
+        if collector is not None:
+            ends = torch.stack([end[indices[g]] for end in forms.ends()], dim=1)
+            room = free[rows, group.columns[part].squeeze(1)[g]]
+            collector.add(worst, rows + chunk.rows.start, ends, signs[g], weight, room)
+        if step.spread is not None:
+            total = (weights[part].unsqueeze(1) @ step.spread[part]).squeeze(1)
+            which = torch.arange(total.numel(), device=total.device) // total.shape[1]
+            sums.add_spread(indices[which], signs[which], total.view(-1), bases[part].mT.reshape(-1, chunk.x.shape[1]))

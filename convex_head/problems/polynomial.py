@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
-from convex_head.adversary.scan import SATISFIED, MarginScan, Step
+from convex_head.adversary.scan import SATISFIED, MarginScan
 from convex_head.errors import StartError
 from convex_head.problems import fused, starts
 from convex_head.problems.adjoint import Adjoint
@@ -40,7 +40,7 @@ from convex_head.problems.dual import DualPoint, DualReport, OracleAnswer, oracl
 from convex_head.problems.dual_rows import DualRows, RowCollector
 from convex_head.problems.fused import FusedPass
 from convex_head.problems.losses import get_loss
-from convex_head.problems.moments import MomentSums
+from convex_head.problems.moments import MomentSums, add_step
 from convex_head.problems.multipliers import Multipliers, fits, gathered, lowered, reach
 from convex_head.problems.preconditioner import preconditioner
 from convex_head.problems.repair import repaired
@@ -53,8 +53,6 @@ _EXACT = 2 * SATISFIED
 # Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
 _BLUR_SHARE = 0.3
 _METRIC_ROWS = 4096
-# Numbers of worst-case points made at once.
-_DENSE = 1 << 23
 # Fewer rows are passed over so quickly that they are not worth the seconds which compiling takes, once a machine.
 _COMPILED_ROWS = 1000
 
@@ -321,7 +319,7 @@ class PolynomialProblem:
             free = self._loss.free(slopes, self.num_classes)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
-                self._add_step(sums, chunk, step, weights, free, collector)
+                add_step(sums, self._scan.forms, chunk, step, weights, free, collector)
                 if step.spread is not None:
                     bound[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
@@ -333,36 +331,6 @@ class PolynomialProblem:
         linear, hard = bound.tolist()
         rows = None if collector is None else collector.rows(self.shard)
         return DualReport(sums.point, primal, scale, (hard - linear) / self.n, rows, kept)
-
-    def _add_step(
-        self,
-        sums: MomentSums,
-        chunk: Chunk,
-        step: Step,
-        weights: Tensor,
-        free: Tensor,
-        collector: RowCollector | None,
-    ) -> None:
-        """Add one group's worst cases, weighted (G, B), to a dual point, and where it is kept each of them."""
-        group, bases = step.group_pass.group, step.group_pass.basis()
-        blocks = max(1, _DENSE // max(1, weights.shape[1] * self.d))
-        for start in range(0, len(weights), blocks):
-            part = slice(start, start + blocks)
-            g, place = weights[part].nonzero(as_tuple=True)
-            if len(g) == 0:
-                continue
-            forms, signs, rows = group.forms[part], group.signs[part].to(weights.dtype), group.rows[part][g, place]
-            weight = weights[part][g, place]
-            worst = chunk.x[rows] + (step.ehat[part] @ bases[part].mT)[g, place]
-            sums.add(forms[g], signs[g], weight, worst)
-            if collector is not None:
-                ends = torch.stack([end[forms[g]] for end in self._scan.forms.ends()], dim=1)
-                room = free[rows, group.columns[part].squeeze(1)[g]]
-                collector.add(worst, rows + chunk.rows.start, ends, signs[g], weight, room)
-            if step.spread is not None:
-                total = (weights[part].unsqueeze(1) @ step.spread[part]).squeeze(1)
-                which = torch.arange(total.numel(), device=total.device) // total.shape[1]
-                sums.add_spread(forms[which], signs[which], total.view(-1), bases[part].mT.reshape(-1, self.d))
 
     def fit_scale(self, network: Network, mu: float) -> Network:
         """The network with its output weights scaled to the minimum of the smoothed objective."""

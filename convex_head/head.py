@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from convex_head.activations import Geometry, Task, TrainingData, make_activation
 from convex_head.console import messages
-from convex_head.errors import ConvergenceWarning, NotFittedError, SettingError, StartError
+from convex_head.errors import ConvergenceWarning, NotFittedError, SettingError
 from convex_head.fit_progress import fit_progress
 from convex_head.head_files import damaged, read_head, write_head
 from convex_head.problems.losses import get_loss
 from convex_head.rows import is_mapped
 from convex_head.shards import Shard, Whole
 from convex_head.solvers import Progress, SolveResult, get_solver
-from convex_head.solvers.result import as_deployed
+from convex_head.solvers.result import as_deployed, network_of
 from convex_head.standardisation import mean_and_scale
 from convex_head.threads import one_thread_if_small
 from convex_head.validation import (
@@ -240,11 +240,7 @@ class ConvexRobustHead(nn.Module):
         mean, scale = mean_and_scale(x, self.mean.dtype, shard, features, none=not self.standardize)
         algorithm = get_solver(solver, self.solvers)
         data = TrainingData(features if is_mapped(features) else x, y, mean, scale, shard)
-        before = start.network if isinstance(start, SolveResult) else start
-        if start is not None and before is None:
-            raise StartError(
-                "start must hold a network; found a result without one, as that of a loaded head. Use head.network()."
-            )
+        before = network_of(start)
         problem = self._activation.problem(data, self._task(), weights=self._weights_on(y), start=before, seed=seed)
         if before is not None:
             before = problem.check_start(before)

@@ -80,6 +80,13 @@ class MarginLoss:
         s = (z / mu).clamp(0, 1)
         return share * ((s * z).sum(-1) - 0.5 * mu * s.square().sum(-1)), share * s
 
+    def clipped(self, slopes: Tensor, num_classes: int) -> Tensor:
+        """Any numbers (n, K) scaled or cut down to points of S."""
+        share, slopes = self.share(num_classes), slopes.clamp_min(0)
+        if not self.joint or num_classes == 2:
+            return slopes.clamp_max(share)
+        return slopes * (share / slopes.sum(1, keepdim=True).clamp_min(share))
+
     def free(self, slopes: Tensor, num_classes: int) -> Tensor:
         """(n, K) True where a slope of :meth:`smoothed` moves with its margin: where S leaves it room."""
         if self.joint:

@@ -263,8 +263,8 @@ class PolynomialProblem:
         gradient = adjoint.gradient() + 2 * self.reg * packed.vectors.double()
         smooth, hard = (adjoint.losses / self.n).tolist()
         penalty = self.reg * float(packed.vectors.double().square().sum())
-        hard = hard if centre is None else math.nan
-        return Evaluation(smooth + penalty, hard + penalty, gradient.to(packed.vectors.dtype))
+        hard = hard + penalty if centre is None else math.nan
+        return Evaluation(smooth + penalty, hard, gradient.to(packed.vectors.dtype))
 
     def _is_compiled(self) -> bool:
         return self.n >= _COMPILED_ROWS and fused.serves(self._scan, self._loss)
@@ -281,10 +281,9 @@ class PolynomialProblem:
         """A preconditioner for the vectors at a network, from a sample of the rows (problems/preconditioner.py)."""
         settings: dict[str, Any] = {"radius": self.radius, "reg": self.reg, "mu": mu, "blur": blur}
         settings["rows"] = min(_METRIC_ROWS, self.n)
-        scan = self._sampled()
-        drawn = scan.rows.drawn if self.n > _METRIC_ROWS else None
+        drawn = self._sampled().rows.drawn if self.n > _METRIC_ROWS else None
         settings["centre"] = centre if centre is None or drawn is None else centre[drawn]
-        return preconditioner(scan, packed, self._loss, shard=self.shard, **settings)
+        return preconditioner(self._sampled(), packed, self._loss, shard=self.shard, **settings)
 
     def _sampled(self) -> MarginScan:
         if self._reference is None:
@@ -383,10 +382,10 @@ class PolynomialProblem:
             points: (n, K, d) points; each is pulled back into its ball if it lies outside.
         """
         features = self.features
-        weights = self._clip(weights.double().clamp_min(0))
+        weights = self._loss.clipped(weights.double() * self.n, self.num_classes) / self.n
         step = points.double() - features.unsqueeze(1)
-        norm = step.norm(dim=-1, keepdim=True)
-        inside = features.unsqueeze(1) + step * (self.radius / norm.clamp_min(max(self.radius, 1e-300)))
+        longest = step.norm(dim=-1, keepdim=True).clamp_min(max(self.radius, 1e-300))
+        inside = features.unsqueeze(1) + step * (self.radius / longest)
         sums = self._moments()
         order = self._rows.order
         inside, weights = inside[order], weights[order]
@@ -396,12 +395,6 @@ class PolynomialProblem:
             rows, column = group.rows[g, place], group.columns.squeeze(1)[g]
             sums.add(group.forms[g], group.signs[g].double(), weights[rows, column], inside[rows, column])
         return self.oracle(sums.point).dual
-
-    def _clip(self, weights: Tensor) -> Tensor:
-        cap = self._loss.share(self.num_classes) / self.n
-        if not self._loss.joint or self.num_classes == 2:
-            return weights.clamp_max(cap)
-        return weights * (cap / weights.sum(1, keepdim=True).clamp_min(cap))
 
     def _hard(self, margins: Tensor) -> Tensor:
         return self._loss.value(margins, self.num_classes)

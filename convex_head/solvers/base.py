@@ -22,7 +22,7 @@ import torch
 
 from convex_head.errors import ConvergenceWarning, SolveCheckpointError, SolverError, ToleranceError
 from convex_head.solvers.checkpoint import SolveState, load_state, save_state
-from convex_head.solvers.result import Progress, SolveResult, Status, relative_gap
+from convex_head.solvers.result import Progress, SolveResult, Status, network_of, relative_gap
 from convex_head.threads import one_thread_if_small
 
 Callback = Callable[[Progress], Any]
@@ -158,9 +158,8 @@ class Solver(abc.ABC):
         prepare = getattr(problem, "prepare", None)
         if prepare is not None:
             prepare()
-        run = Run(tol, max_seconds, tuple(callbacks), seed, start)
-        if isinstance(start, SolveResult):
-            run.start, run.given = start.network, start.multipliers
+        run = Run(tol, max_seconds, tuple(callbacks), seed, network_of(start))
+        run.given = start.multipliers if isinstance(start, SolveResult) else None
         if checkpoint is not None:
             if not self.keeps_checkpoints:
                 raise SolveCheckpointError(

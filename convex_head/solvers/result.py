@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from convex_head.errors import ConvergenceWarning
+from convex_head.errors import ConvergenceWarning, StartError
 
 
 class Status(enum.StrEnum):
@@ -80,6 +80,21 @@ class SolveResult:
     def converged(self) -> bool:
         """True only when the gap met the tolerance."""
         return self.status is Status.CONVERGED
+
+
+def network_of(start: Any) -> Any:
+    """The network of a start, which is a network, a :class:`SolveResult` or None.
+
+    Raises:
+        StartError: a result without a network.
+    """
+    if not isinstance(start, SolveResult):
+        return start
+    if start.network is None:
+        raise StartError(
+            "start must hold a network; found a result without one, as that of a loaded head. Use head.network()."
+        )
+    return start.network
 
 
 def relative_gap(primal: float, dual: float) -> float:

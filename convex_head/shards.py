@@ -26,6 +26,10 @@ class Whole:
         """Rows of all processes."""
         return n
 
+    def holding(self, n: int) -> Whole:
+        """The same processes where ``n`` rows are held here: some of those that were."""
+        return self
+
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the processes."""
 
@@ -68,6 +72,10 @@ class Shard(Whole):
     def total(self, n: int) -> int:
         """Rows of all processes."""
         return self._total
+
+    def holding(self, n: int) -> Whole:
+        """The same processes where ``n`` rows are held here: some of those that were."""
+        return Shard(n, self.device)
 
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the processes, added up in float64."""

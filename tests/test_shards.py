@@ -36,8 +36,8 @@ print(json.dumps([head.result_.primal, head.result_.dual, head.directions.tolist
 """
 
 
-def ranks(tmp_path: Path, mode: str) -> list[subprocess.CompletedProcess[str]]:
-    command = [sys.executable, "-c", RANK]
+def ranks(tmp_path: Path, mode: str, script: str = RANK) -> list[subprocess.CompletedProcess[str]]:
+    command = [sys.executable, "-c", script]
     started = [
         subprocess.Popen(
             [*command, str(rank), str(tmp_path / "store"), mode],
@@ -62,6 +62,34 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     alone = ConvexRobustHead(4, 3, reg=0.02).double().fit(x, y, tol=1e-3)
     assert first[0] == pytest.approx(alone.result_.primal, rel=1e-6)
     assert first[1] == pytest.approx(alone.result_.dual, rel=1e-6)
+
+
+SAMPLES = """
+import sys
+import torch, torch.distributed as dist
+from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.shards import Shard, Whole
+rank, alone = int(sys.argv[1]), sys.argv[3] == "alone"
+x = torch.arange(1500.0).view(-1, 1)
+mine = slice(0, None) if alone else slice(0, 900) if rank == 0 else slice(900, None)
+shard = Whole()
+if not alone:
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    shard = Shard(len(x[mine]), x.device)
+y = torch.arange(1500) % 2
+problem = PolynomialProblem(x[mine], y[mine], num_classes=2, radius=0.0, reg=0.1, shard=shard)
+part = problem.sample(300, 0)
+print(part.n, part.shard.first, part.sample(40, 1).features.squeeze(1).tolist(), sep=";")
+"""
+
+
+def test_processes_draw_a_sample_of_a_sample_as_one_does(tmp_path: Path) -> None:
+    alone = ranks(tmp_path, "alone", SAMPLES)[0].stdout.split(";")
+    parts = [rank.stdout.split(";") for rank in ranks(tmp_path, "together", SAMPLES)]
+    assert [part[0] for part in parts] == [alone[0]] * 2 == ["300"] * 2
+    assert parts[0][1] == "0" and int(parts[1][1]) > 100
+    drawn = [json.loads(part[2]) for part in parts]
+    assert drawn[0] + drawn[1] == json.loads(alone[2]) and len(drawn[0]) > 10 and len(drawn[1]) > 5
 
 
 def test_a_lost_process_ends_the_fit_with_a_clear_error(tmp_path: Path) -> None:

@@ -164,8 +164,9 @@ class PolynomialProblem:
 
     def sample(self, count: int, seed: int) -> PolynomialProblem:
         """The same problem on ``count`` examples drawn at random, in memory."""
-        part = copy.copy(self)
-        part._use(self._rows.sample(count, seed, self.shard.first, self.n), min(count, self.n))
+        part, rows = copy.copy(self), self._rows.sample(count, seed, self.shard.first, self.n)
+        part.shard = self.shard.holding(rows.n)
+        part._use(rows, min(count, self.n))
         return part
 
     def _unsort(self, values: Tensor) -> Tensor:
@@ -256,8 +257,8 @@ class PolynomialProblem:
         of the rows held here (problems/multipliers.py).
         """
         settings: dict[str, Any] = {"radius": self.radius, "mu": mu, "blur": blur, "examples": self.n}
-        settings["centre"] = centre
-        adjoint = (FusedPass if self._is_compiled() else Adjoint)(self._scan, packed, self._loss, **settings)
+        kind = FusedPass if self._is_compiled() else Adjoint
+        adjoint = kind(self._scan, packed, self._loss, centre=centre, **settings)
         adjoint.run()
         self.shard.sum(*adjoint.parts())
         gradient = adjoint.gradient() + 2 * self.reg * packed.vectors.double()
@@ -327,8 +328,7 @@ class PolynomialProblem:
         self.shard.sum(bound, at_scales, sums.point.mass, sums.point.moments)
         penalty = self.reg * float(packed.vectors.double().square().sum())
         scale, primal = best_scale(objectives(at_scales, self.n, penalty))
-        linear, hard = bound.tolist()
-        rows = None if collector is None else collector.rows(self.shard)
+        rows, (linear, hard) = None if collector is None else collector.rows(self.shard), bound.tolist()
         return DualReport(sums.point, primal, scale, (hard - linear) / self.n, rows, kept)
 
     def fit_scale(self, network: Network, mu: float) -> Network:

@@ -150,11 +150,11 @@ def test_ctrl_c_while_samples_have_a_centre(monkeypatch: pytest.MonkeyPatch) -> 
     problem, calls = make(900, 5, 3, "crammer_singer"), []
     correct = ColumnGeneration._correct
 
-    def interrupted(self: Any, part: Any, state: Any, run: Any) -> bool:
+    def interrupted(self: Any, part: Any, state: Any, run: Any, most: int) -> bool:
         calls.append(state.centre is not None)
         if calls[-1]:
             raise KeyboardInterrupt
-        return correct(self, part, state, run)
+        return correct(self, part, state, run, most)
 
     monkeypatch.setattr(ColumnGeneration, "_correct", interrupted)
     with pytest.warns(ConvergenceWarning, match="interrupted"):

@@ -291,3 +291,21 @@ def test_bound_of_a_blurred_point_stays_below_the_optimum(classes: int, loss: st
         assert problem.oracle(report.point).dual <= best.primal * (1 + 1e-9)
         assert report.primal <= problem.objective(packed.unpack()) * (1 + 1e-12)
         assert report.smoothing >= -1e-9
+
+
+@cases
+@pytest.mark.parametrize("blur", [0.0, 0.3])
+def test_smoothing_is_all_that_its_gap_leaves_to_slopes_and_points(classes: int, loss: str, blur: float) -> None:
+    # Twelve features and few neurons: most of the blur lies where the network is flat.
+    problem = make(40, 12, classes, loss)
+    functions = 1 if classes == 2 else classes
+    net = network(12, functions, 2 * functions, scale=0.3)
+    packed = problem.pack(net)
+    report = problem.dual_point(packed, 0.5, blur)
+    lifted = torch.cat([net.directions, torch.ones(net.size, 1)], dim=1)
+    inner = ((lifted.unsqueeze(1) @ report.point.moments[net.function]).squeeze(1) * lifted).sum(1) @ net.weights
+    mean_loss = problem.objective(net) - problem.reg * float(net.norm)
+    assert report.smoothing == pytest.approx(mean_loss - float(report.point.mass.sum()) + float(inner), rel=1e-9)
+    assert report.smoothing >= -1e-9
+    if blur:
+        assert report.smoothing > problem.dual_point(packed, 0.5, 0.0).smoothing

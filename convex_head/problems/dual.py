@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convex_head.adversary.margins import PackedNetwork
 from convex_head.adversary.trust_region import minimise_over_sphere
 from convex_head.problems.dual_rows import DualRows
 
@@ -26,6 +27,12 @@ class DualPoint:
     mass: Tensor
     moments: Tensor
 
+    def bound(self, packed: PackedNetwork) -> float:
+        """Lower bound of the network's own mean loss: mass - sum_c <A_c, D_c>."""
+        lifted = torch.cat([packed.vectors, packed.nu.unsqueeze(-1)], dim=-1).double()
+        values = ((lifted @ self.moments) * lifted).sum(-1)
+        return float(self.mass.sum() - (packed.signs * values).sum())
+
 
 @dataclass(frozen=True)
 class DualReport:
@@ -35,7 +42,8 @@ class DualReport:
         point: the dual point.
         primal: hard objective at the best scaling of the output weights (margins are linear in it).
         scale: that scaling.
-        smoothing: mean of loss - <s, 1 - w>, the share of the gap that a narrower smoothing would close.
+        smoothing: mean loss less the point's bound of it, the share of the gap that a narrower smoothing would close:
+            slopes are not those of the loss, and with blur points are not quite the worst.
         rows: the worst cases behind the point, for problems/repair.py; None where they are
             too many to hold or of no use.
         slopes: (n, K) of the margins, in [0, 1], of the rows held here; None where they are too many.

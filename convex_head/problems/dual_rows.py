@@ -62,28 +62,22 @@ class RowCollector:
 
 
 class RowLayout:
-    """Rows sorted by function and padded: (F, L, ...)."""
+    """Rows once more for each function that they count for, those of a function together: lists of (L_f, ...)."""
 
     def __init__(self, rows: DualRows, functions: int):
         function = rows.functions.T.reshape(-1)
-        count, device = len(rows.slope), rows.slope.device
         order = torch.argsort(function, stable=True)
-        counts = torch.bincount(function, minlength=functions)
-        offset = torch.arange(max(1, int(counts.max())), device=device)
-        mask = offset < counts.unsqueeze(1)
-        first = (counts.cumsum(0) - counts).unsqueeze(1)
-        place = order[(first + torch.where(mask, offset, 0)).clamp_max(max(0, len(order) - 1))]
-        self.row = place % count
-        sign = torch.cat([rows.sign, -rows.sign])
-        self.sign = sign[place] * mask
-        self.points = rows.points[self.row]
-        self.count = count
+        self.row = order % len(rows.slope)
+        self.sign = torch.cat([rows.sign, -rows.sign])[order]
+        self._sizes = torch.bincount(function, minlength=functions).tolist()
+        self.points = rows.points[self.row].split(self._sizes)
+        self.count = len(rows.slope)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(N,) -> (F, L), with the sign of the margin."""
-        return values[self.row] * self.sign
+    def spread(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(N,) -> (L_f,) of every function, with the sign of the margin."""
+        return (values[self.row] * self.sign).split(self._sizes)
 
-    def collect(self, values: Tensor) -> Tensor:
-        """(F, L) -> (N,), the transpose of :meth:`spread`."""
-        out = torch.zeros(self.count, dtype=values.dtype, device=values.device)
-        return out.index_add_(0, self.row.view(-1), (values * self.sign).view(-1))
+    def collect(self, values: list[Tensor]) -> Tensor:
+        """(L_f,) of every function -> (N,), the transpose of :meth:`spread`."""
+        out = values[0].new_zeros(self.count)
+        return out.index_add_(0, self.row, torch.cat(values) * self.sign)

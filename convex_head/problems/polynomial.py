@@ -301,7 +301,6 @@ class PolynomialProblem:
         sums = self._moments()
         # Functions that no margin couples have good bounds without a repair.
         collector = RowCollector() if self._scan.pairwise else None
-        bound = torch.zeros(2, dtype=torch.float64, device=self._device)
         at_scales = torch.zeros(len(SCALES), dtype=torch.float64, device=self._device)
         kept: Tensor | None = None
         if self.holds_multipliers:
@@ -312,24 +311,21 @@ class PolynomialProblem:
             _, slopes = self._loss.smoothed(lowered(margins, centre, chunk.rows, mu), self.num_classes, mu)
             if kept is not None:
                 kept[chunk.rows] = slopes / self._loss.share(self.num_classes)
-            bound[0] += (slopes * (1 - margins)).double().sum()
-            bound[1] += self._hard(margins).double().sum()
             if blur == 0:
                 at_scales += losses_at_scales(self._loss.near(margins, 0.0), self._hard)
             free = self._loss.free(slopes, self.num_classes)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
                 add_step(sums, self._scan.forms, chunk, step, weights, free, collector)
-                if step.spread is not None:
-                    bound[1] += blur * self.n * (weights * step.spread.sqrt().sum(-1)).double().sum()
         if blur > 0:
             for _, _, margins, _ in self._scan.passes(spectra, self.radius, _EXACT, window=self._loss.window(0.0)):
                 at_scales += losses_at_scales(self._loss.near(margins, 0.0), self._hard)
-        self.shard.sum(bound, at_scales, sums.point.mass, sums.point.moments)
+        self.shard.sum(at_scales, sums.point.mass, sums.point.moments)
         penalty = self.reg * float(packed.vectors.double().square().sum())
         scale, primal = best_scale(objectives(at_scales, self.n, penalty))
-        rows, (linear, hard) = None if collector is None else collector.rows(self.shard), bound.tolist()
-        return DualReport(sums.point, primal, scale, (hard - linear) / self.n, rows, kept)
+        smoothing = float(at_scales[SCALES.index(1.0)]) / self.n - sums.point.bound(packed)
+        rows = None if collector is None else collector.rows(self.shard)
+        return DualReport(sums.point, primal, scale, smoothing, rows, kept)
 
     def fit_scale(self, network: Network, mu: float) -> Network:
         """The network with its output weights scaled to the minimum of the smoothed objective."""

@@ -20,6 +20,8 @@ their bounds are good as they are, and a repair costs more than it saves.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,8 @@ from convex_head.problems.losses import MarginLoss
 from convex_head.shards import Whole
 
 _ROUNDS = 8
-# Two rounds that close less than this share of what is missing are the last.
-_GAIN = 0.1
+# The last round is one after which gains that go on falling as they did, this many times over, do not reach the aim.
+_HOPE = 2.0
 _STEPS = 25
 _TOL = 1e-3
 _PULL = 1e-2
@@ -55,22 +57,27 @@ class _Stationarity:
     ):
         a, b, c = coefficients
         self._layout, self._neurons, self._shard = layout, neurons, shard
-        projection = layout.points @ neurons.mT
-        self._along_point = signs.unsqueeze(1) * (2 * a * projection + b)
-        self._along_self = signs.unsqueeze(1) * (b * projection + 2 * c)
+        self._along_point, self._along_self = [], []
+        for points, own, sign in zip(layout.points, neurons, signs, strict=True):
+            projection = points @ own.T
+            self._along_point.append(sign * (2 * a * projection + b))
+            self._along_self.append(sign * (b * projection + 2 * c))
 
     def apply(self, slopes: Tensor) -> Tensor:
         """(N,) -> (F, M, d), summed over the processes."""
-        weight = self._layout.spread(slopes).unsqueeze(-1)
-        out = (self._along_point * weight).mT @ self._layout.points
-        out += (self._along_self * weight).sum(1).unsqueeze(-1) * self._neurons
+        out = torch.empty_like(self._neurons)
+        for f, weight in enumerate(self._layout.spread(slopes)):
+            weight = weight.unsqueeze(-1)
+            out[f] = (self._along_point[f] * weight).T @ self._layout.points[f]
+            out[f] += (self._along_self[f] * weight).sum(0).unsqueeze(-1) * self._neurons[f]
         self._shard.sum(out)
         return out
 
     def transpose(self, y: Tensor) -> Tensor:
         """(F, M, d) -> (N,)."""
-        own = (self._neurons * y).sum(-1).unsqueeze(1)
-        return self._layout.collect((self._along_point * (self._layout.points @ y.mT) + self._along_self * own).sum(-1))
+        own = (self._neurons * y).sum(-1)
+        parts = zip(self._along_point, self._along_self, self._layout.points, y, own, strict=True)
+        return self._layout.collect([(p * (points @ v.T)).sum(1) + q @ o for p, q, points, v, o in parts])
 
 
 def repaired(
@@ -104,7 +111,7 @@ def repaired(
     weight = (norm.square() > _SMALL * norm.square().amax()).to(dtype) * packed.signs.to(dtype)
     unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
     neurons, signs, slope, best = unit.to(dtype), weight, rows.slope, answer
-    found, idle = answer, 0
+    found, gain = answer, math.inf
     for _ in range(_ROUNDS):
         more, more_signs = _near(found, reg, dtype)
         neurons, signs = _compact(torch.cat([neurons, more], dim=1), torch.cat([signs, more_signs], dim=1))
@@ -113,11 +120,17 @@ def repaired(
         slope = slope + _least_squares(system, residual, rows.free, shard)
         slope = _into_set(slope, rows, loss, num_classes, n)
         found = oracle(_dual_point(layout, slope, coefficients, shard), reg)
-        idle = idle + 1 if found.dual < best.dual + _GAIN * (aim - best.dual) else 0
-        best = max(best, found, key=lambda answer: answer.dual)
-        if best.dual >= aim or idle == 2:
+        before, gain, best = gain, found.dual - best.dual, max(best, found, key=lambda answer: answer.dual)
+        if best.dual >= aim or _HOPE * _further(gain, before) < aim - best.dual:
             break
     return best
+
+
+def _further(gain: float, before: float) -> float:
+    """What further rounds bring if gains go on falling as the last two did: a geometric series."""
+    if max(gain, before) <= 0:
+        return 0.0
+    return gain**2 / (before - gain) if 0 < gain < before < math.inf else math.inf
 
 
 def _near(answer: OracleAnswer, reg: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -175,12 +188,12 @@ def _into_set(slope: Tensor, rows: DualRows, loss: MarginLoss, num_classes: int,
 def _dual_point(layout: RowLayout, slope: Tensor, coefficients: tuple[float, float, float], shard: Whole) -> DualPoint:
     """Mass and moments of slopes on the points of a layout."""
     a, b, c = coefficients
-    weight, x = layout.spread(slope), layout.points
-    functions, _, d = x.shape
-    moments = torch.empty(functions, d + 1, d + 1, dtype=torch.float64, device=x.device)
-    moments[:, :d, :d] = a * (x.mT @ (weight.unsqueeze(-1) * x)).double()
-    moments[:, :d, d] = moments[:, d, :d] = 0.5 * b * (weight.unsqueeze(1) @ x).squeeze(1).double()
-    moments[:, d, d] = c * weight.double().sum(1)
+    functions, d = len(layout.points), layout.points[0].shape[1]
+    moments = torch.empty(functions, d + 1, d + 1, dtype=torch.float64, device=slope.device)
+    for own, weight, x in zip(moments, layout.spread(slope), layout.points, strict=True):
+        own[:d, :d] = a * (x.T @ (weight.unsqueeze(-1) * x)).double()
+        own[:d, d] = own[d, :d] = 0.5 * b * (weight @ x).double()
+        own[d, d] = c * weight.double().sum()
     mass = slope.double().sum().view(1)
     shard.sum(mass, moments)
     return DualPoint(mass, moments)

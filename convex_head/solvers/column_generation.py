@@ -51,6 +51,8 @@ _ZERO = 1e-12
 # A warm start within the second gap looks for its width until steps are this close to 1; within the first it is kept.
 _NEAR, _FAR, _CLOSE = 0.05, 0.15, 0.9
 _DEAD = 1e-8
+# Relative error of an objective, in units of the precision of passes.
+_ROUNDING = 1.0
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
@@ -64,7 +66,7 @@ _SETTLING = 0.5
 # A path goes on with a width so many times that of the head before.
 _REOPEN = 1.5
 # A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
-_REPAIR_SHARE = 3.0
+_REPAIR_SHARE = 1.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -72,7 +74,9 @@ _FIRST_SAMPLE = 4096
 _SAMPLE_OF_FUNCTION = 32
 _SAMPLE_GROWTH = 4
 _LEAST_FACTOR = 2.5
-_SAMPLE_TOL = 0.1
+# So roughly, because its optimum is another; and by so many evaluations at a time at most, where it is ill-conditioned.
+_SAMPLE_TOL = 0.4
+_SAMPLE_EVALUATIONS = 200
 
 
 @dataclass
@@ -138,7 +142,7 @@ class ColumnGeneration(Solver):
                 for size in _sample_sizes(problem.n, problem.num_functions):
                     part = problem.sample(size, run.seed)
                     trial = run.trial(max(_SAMPLE_TOL, run.tol))
-                    state = self._iterate(part, trial, state)
+                    state = self._iterate(part, trial, state, min(_SAMPLE_EVALUATIONS, self.inner_evaluations))
                     state.centre = None
             except KeyboardInterrupt:
                 state.centre = None  # that of a sample's rows
@@ -146,17 +150,17 @@ class ColumnGeneration(Solver):
                 raise
             if run.out_of_time():
                 self._measure(problem, state, run)
-        self._iterate(problem, run, state)
+        self._iterate(problem, run, state, self.inner_evaluations)
 
-    def _iterate(self, problem: Any, run: Run, state: _State) -> _State:
-        """Outer iterations until the run is finished; returns where they stand."""
+    def _iterate(self, problem: Any, run: Run, state: _State, evaluations: int) -> _State:
+        """Outer iterations of at most so many evaluations, until the run is finished; returns where they stand."""
         for _ in range(len(run.history), self.max_iterations):
             if run.finished():
                 break
             if state.mu < _NARROWEST or _stalled(run):
                 run.stalled = True
                 break
-            converged = self._correct(problem, state, run)
+            converged = self._correct(problem, state, run, evaluations)
             report, answer = self._measure(problem, state, run)
             if run.finished():
                 break
@@ -248,7 +252,7 @@ class ColumnGeneration(Solver):
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer
 
-    def _correct(self, problem: Any, state: _State, run: Run) -> bool:
+    def _correct(self, problem: Any, state: _State, run: Run, most: int) -> bool:
         """Minimise the smoothed problem over the neurons of the network; returns whether to the state's accuracy."""
         reached = False
         network, mu, accuracy, centre = state.network, state.mu, state.accuracy, state.centre
@@ -276,10 +280,11 @@ class ColumnGeneration(Solver):
             objective,
             packed.vectors,
             converged=converged,
-            max_evaluations=self.inner_evaluations,
+            max_evaluations=most,
             stop=run.out_of_time,
             metric=problem.metric(packed, mu, blur, centre),
             pairs=pairs,
+            noise=_ROUNDING * torch.finfo(problem.dtype).eps,
         )
         run.extra["evaluations"] += evaluations
         after = PackedNetwork.of(vectors, packed.signs).unpack()

@@ -4,7 +4,8 @@ torch.optim.LBFGS is not used: it costs a Python loop over parameters and severa
 Wolfe search, where one evaluation here is a pass over the data; scipy's would move every iterate to the host.
 
 Source: J. Nocedal and S. Wright, "Numerical Optimization" (2006), algorithms 7.4-7.5, with an Armijo backtracking
-search; pairs that break the curvature condition are skipped.
+search; pairs that break the curvature condition are skipped. Near a minimum the decrease drowns in rounding, where
+gradients still tell: there a step is taken by its slopes (W. Hager and H. Zhang, SIAM J. Optim. 16 (2005), (4.3)).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 Objective = Callable[[Tensor], tuple[float, Tensor]]
 Pair = tuple[Tensor, Tensor, float]
 MEMORY = 100
+_DECREASE = 1e-4
 
 
 def minimise(
@@ -29,6 +31,7 @@ def minimise(
     metric: Callable[[Tensor], Tensor],
     memory: int = MEMORY,
     pairs: deque[Pair] | None = None,
+    noise: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Minimise a C^1 function from x.
 
@@ -42,6 +45,7 @@ def minimise(
         memory: number of correction pairs.
         pairs: correction pairs (step, change of the gradient, their product) of an earlier search on a similar
             function; those of this search are added to it.
+        noise: relative rounding error of values.
 
     Returns:
         The best point found and the number of evaluations.
@@ -63,8 +67,10 @@ def minimise(
             candidate = x + length * direction
             new_value, new_gradient = objective(candidate)
             evaluations += 1
-            if new_value <= value + 1e-4 * length * slope:
-                accepted = True
+            accepted = new_value <= value + _DECREASE * length * slope
+            if not accepted and new_value <= value + noise * abs(value):
+                accepted = float((direction * new_gradient).sum()) <= (2 * _DECREASE - 1) * slope
+            if accepted:
                 break
             curvature = 2 * (new_value - value - length * slope) / length**2
             length = min(0.5 * length, max(0.1 * length, -slope / curvature if curvature > 0 else 0.0))

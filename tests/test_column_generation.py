@@ -12,7 +12,7 @@ from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 
 from convex_head.errors import ConvergenceWarning, SolverError, ToleranceError, UnknownSolverError
 from convex_head.problems.polynomial import PolynomialProblem
-from convex_head.solvers import Progress, SolveResult, Status, get_solver
+from convex_head.solvers import Progress, SolveResult, Status, column_generation, get_solver
 from convex_head.solvers.column_generation import _sample_sizes
 from convex_head.solvers.sdp import build
 
@@ -144,6 +144,24 @@ def test_large_data_start_on_samples_and_keep_an_honest_gap_when_time_is_short()
     assert short.primal == pytest.approx(problem.objective(short.network)) and 0 <= short.dual <= short.primal
     whole = solve(problem, tol=1e-2)
     assert whole.converged and short.dual <= whole.primal and whole.dual <= short.primal
+
+
+def test_samples_are_left_after_a_bounded_effort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No inner minimisation on a sample takes more evaluations than it may; on all rows it takes what it needs."""
+    monkeypatch.setattr(column_generation, "_FIRST_SAMPLE", 60)
+    monkeypatch.setattr(column_generation, "_SAMPLE_EVALUATIONS", 7)
+    problem = breast_cancer(400, 20)
+    most: dict[int, int] = {}
+    search = column_generation.minimise
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        found = search(*args, **settings)
+        most[settings["max_evaluations"]] = max(most.get(settings["max_evaluations"], 0), found[1])
+        return found
+
+    monkeypatch.setattr(column_generation, "minimise", counted)
+    result = solve(problem, tol=1e-2)
+    assert result.converged and set(most) == {7, 1000} and most[7] == 7 and most[1000] > 7
 
 
 def test_time_limit_is_kept_with_an_honest_gap() -> None:

@@ -1,5 +1,6 @@
 """Repaired dual points: better bounds, never above the optimum that the LMI SDP finds."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from sklearn.datasets import load_iris
 
 from convex_head.adversary.margins import PackedNetwork
-from convex_head.problems import dual_rows
+from convex_head.problems import dual_rows, repair
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.solvers.column_generation import ColumnGeneration
 from convex_head.solvers.sdp import build
@@ -65,3 +66,35 @@ def test_rows_are_dropped_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dual_rows, "_LIMIT", 8)
     assert problem.dual_point(problem.pack(problem.random_network(3, 0)), 0.5).rows is None
     assert ColumnGeneration().solve(problem, tol=1e-3).primal == pytest.approx(optimum, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gain", "before", "further"),
+    [
+        (1.0, math.inf, math.inf),
+        (-1.0, math.inf, math.inf),
+        (0.2, 0.8, 0.2 * (0.25 + 0.25**2 + 0.25**3) / (1 - 0.25**3)),
+        (0.8, 0.2, math.inf),
+        (0.1, -0.2, math.inf),
+        (-0.1, 0.2, math.inf),
+        (0.0, 0.0, 0.0),
+        (-0.1, -0.2, 0.0),
+    ],
+)
+def test_gains_to_come_are_a_geometric_series(gain: float, before: float, further: float) -> None:
+    assert repair._further(gain, before) == pytest.approx(further)
+
+
+def test_a_repair_that_does_not_get_there_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds go on while the aim is in reach, and end early where it is beyond the optimum."""
+    problem, optimum = case("crammer_singer", 0.3)
+    packed = problem.pack(ColumnGeneration().solve(problem, tol=1e-2).network)
+    report = problem.dual_point(packed, 0.02, problem.blur(0.02))
+    answer, rounds = problem.oracle(report.point), []
+    oracle = repair.oracle
+    monkeypatch.setattr(repair, "oracle", lambda point, reg: (rounds.append(reg), oracle(point, reg))[1])
+    assert report.rows is not None
+    best = problem.repair(report.rows, packed, answer, aim=2 * optimum)
+    assert 2 <= len(rounds) < repair._ROUNDS and best.dual >= answer.dual
+    rounds.clear()
+    assert problem.repair(report.rows, packed, answer, aim=0.5 * answer.dual).dual > answer.dual and len(rounds) == 1

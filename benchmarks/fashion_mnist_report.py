@@ -30,6 +30,7 @@ _MARKERS = {
 }
 _OTHER = "*"
 _LEFT = 0.1
+_ARCHITECTURES = ("tiny", "small", "preact_resnet18")
 _BACKBONES = ("sam", "standard", "pgd_at", "trades")
 _COSTS = ("seconds", "forwards", "backwards")
 _PARTS = ("with_choice", "fit")
@@ -106,7 +107,14 @@ def rows_of(records: Sequence[EvalRecord]) -> list[Record]:
     order = {name: index for index, name in enumerate(("sam", "standard", "pgd_at", "trades"))}
     return sorted(
         rows,
-        key=lambda row: (row["attacks"], order.get(row["backbone"], 9), row["norm"], _number(row["eps"]), row["head"]),
+        key=lambda row: (
+            _ARCHITECTURES.index(row["arch"]),
+            row["attacks"],
+            order.get(row["backbone"], 9),
+            row["norm"],
+            _number(row["eps"]),
+            row["head"],
+        ),
     )
 
 
@@ -136,13 +144,13 @@ def _paired(group: dict[int, EvalRecord], other: dict[int, EvalRecord]) -> Recor
 def verdict(rows: Sequence[Record]) -> list[str]:
     """Where the aim holds, in numbers."""
     lines = []
-    by = {tuple(row[k] for k in ("attacks", "backbone", "norm", "eps", "head")): row for row in rows}
-    for (attacks, name, norm, eps, head), row in by.items():
+    by = {tuple(row[k] for k in ("arch", "attacks", "backbone", "norm", "eps", "head")): row for row in rows}
+    for (arch, attacks, name, norm, eps, head), row in by.items():
         if not head.startswith(("convex", "relu", "gated")):
             continue
-        sam_row = by.get((attacks, "sam", norm, eps, "own"))
-        rivals = [by[k] for h in HEAD_ONLY if (k := (attacks, name, norm, eps, h)) in by]
-        text = f"{name} + {head}, {norm} {eps} ({attacks}): {100 * row['robust']:.1f} %"
+        sam_row = by.get((arch, attacks, "sam", norm, eps, "own"))
+        rivals = [by[k] for h in HEAD_ONLY if (k := (arch, attacks, name, norm, eps, h)) in by]
+        text = f"{arch} {name} + {head}, {norm} {eps} ({attacks}): {100 * row['robust']:.1f} %"
         if row["sam"] and sam_row:
             text += (
                 f"; against the SAM network {_shown(row['sam'])} robust, "
@@ -151,7 +159,7 @@ def verdict(rows: Sequence[Record]) -> list[str]:
         if rivals:
             best = max(rivals, key=lambda one: one["robust"])
             text += f"; best head-only baseline {best['head']} {100 * best['robust']:.1f} %"
-            trained = by.get((attacks, name, norm, eps, "mlp_at"))
+            trained = by.get((arch, attacks, name, norm, eps, "mlp_at"))
             if trained and row["seconds"] and trained["seconds"]:
                 text += f"; head-AT costs {_ratios(trained, row, 'fit')} for one fit, "
                 text += f"{_ratios(trained, row, 'with_choice')} with the choice of settings"
@@ -173,15 +181,20 @@ def _shown(pair: Record | None) -> str:
     return f"{100 * pair['difference']:+.1f} ({low:+.1f} to {high:+.1f}), p = {pair['p']:.2g}"
 
 
-def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str], list[Record]]:
-    """Rows by backbone, norm and eps, largest eps first; a head's row of most seeds, AutoAttack's before others.
+def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
+    """Rows by architecture, backbone, norm and eps, largest eps first; a head's row of most seeds, AutoAttack's before others.
 
     A threat that the network's own head alone has met makes no panel.
     """
-    panels: dict[tuple[str, str, str], dict[str, Record]] = {}
+    panels: dict[tuple[str, str, str, str], dict[str, Record]] = {}
     for row in sorted(rows, key=lambda row: (row["seeds"], row["attacks"] == "autoattack")):
-        panels.setdefault((row["backbone"], row["norm"], row["eps"]), {})[row["head"]] = row
-    order = sorted(panels, key=lambda one: (one[1] == "L2", -_number(one[2]), _BACKBONES.index(one[0])))
+        panels.setdefault((row["arch"], row["backbone"], row["norm"], row["eps"]), {})[row["head"]] = row
+
+    def place(key: tuple[str, str, str, str]) -> tuple[int, bool, float, int]:
+        arch, name, norm, eps = key
+        return _ARCHITECTURES.index(arch), norm == "L2", -_number(eps), _BACKBONES.index(name)
+
+    order = sorted(panels, key=place)
     return {key: list(panels[key].values()) for key in order if len(panels[key]) > 1 or len(panels) == 1}
 
 
@@ -205,7 +218,8 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
             axis.errorbar(seconds, 100 * row["robust"], bars, markersize=7, capsize=2, lw=1, **style)
         axis.set_xscale("log")
         axis.set_xlim(_LEFT / 2, 1500)
-        axis.set_title(f"{key[0]}, {key[1]} {key[2]}", fontsize=9)
+        arch, name, norm, eps = key
+        axis.set_title(f"{name}{'' if arch == 'tiny' else ' (' + arch + ')'}, {norm} {eps}", fontsize=9)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for number, head in enumerate(heads):
@@ -233,6 +247,7 @@ def report(options: argparse.Namespace, records: Sequence[EvalRecord]) -> None:
             f"{percent(100 * row['robust'])} ({percent(100 * row['low'])}-{percent(100 * row['high'])})"
         )
     columns = [
+        Column("arch", "network"),
         Column("backbone", "backbone"),
         Column("head", "head"),
         Column("norm", "norm"),

@@ -156,6 +156,8 @@ def publish(
     """
     numbers = {column.title for column in columns[1:]}
     shown = table(title, [column.title for column in columns], right=frozenset(numbers))
+    # A table that is too wide shortens every column alike, not the names of its rows first.
+    shown.columns[0].no_wrap = True
     cells = [[column.cell(row) for column in columns] for row in rows]
     for line in cells:
         shown.add_row(*line)

@@ -150,7 +150,7 @@ def verdict(rows: Sequence[Record]) -> list[str]:
             continue
         sam_row = by.get((arch, attacks, "sam", norm, eps, "own"))
         rivals = [by[k] for h in HEAD_ONLY if (k := (arch, attacks, name, norm, eps, h)) in by]
-        text = f"{arch} {name} + {head}, {norm} {eps} ({attacks}): {100 * row['robust']:.1f} %"
+        text = f"{_named(arch, name)} + {head}, {norm} {eps} ({attacks}): {100 * row['robust']:.1f} %"
         if row["sam"] and sam_row:
             text += (
                 f"; against the SAM network {_shown(row['sam'])} robust, "
@@ -165,6 +165,10 @@ def verdict(rows: Sequence[Record]) -> list[str]:
                 text += f"{_ratios(trained, row, 'with_choice')} with the choice of settings"
         lines.append(text + ".")
     return lines
+
+
+def _named(arch: str, name: str) -> str:
+    return name if arch == "tiny" else f"{name} ({arch})"
 
 
 def _ratios(trained: Record, row: Record, part: str) -> str:
@@ -182,7 +186,7 @@ def _shown(pair: Record | None) -> str:
 
 
 def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
-    """Rows by architecture, backbone, norm and eps, largest eps first; a head's row of most seeds, AutoAttack's before others.
+    """Rows by architecture, backbone, norm and eps, largest eps first: a head's of most seeds, AutoAttack first.
 
     A threat that the network's own head alone has met makes no panel.
     """
@@ -219,7 +223,7 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
         axis.set_xscale("log")
         axis.set_xlim(_LEFT / 2, 1500)
         arch, name, norm, eps = key
-        axis.set_title(f"{name}{'' if arch == 'tiny' else ' (' + arch + ')'}, {norm} {eps}", fontsize=9)
+        axis.set_title(f"{_named(arch, name)}, {norm} {eps}", fontsize=9)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for number, head in enumerate(heads):
@@ -243,12 +247,12 @@ def report(options: argparse.Namespace, records: Sequence[EvalRecord]) -> None:
     percent = "{:.1f}".format
     for row in rows:
         row["own_shown"], row["sam_shown"] = _shown(row["own"]), _shown(row["sam"])
+        row["backbone_shown"] = _named(row["arch"], row["backbone"])
         row["robust_shown"] = (
             f"{percent(100 * row['robust'])} ({percent(100 * row['low'])}-{percent(100 * row['high'])})"
         )
     columns = [
-        Column("arch", "network"),
-        Column("backbone", "backbone"),
+        Column("backbone_shown", "backbone"),
         Column("head", "head"),
         Column("norm", "norm"),
         Column("eps", "eps"),

@@ -74,9 +74,10 @@ _FIRST_SAMPLE = 4096
 _SAMPLE_OF_FUNCTION = 32
 _SAMPLE_GROWTH = 4
 _LEAST_FACTOR = 2.5
-# So roughly, because its optimum is another; and by so many evaluations at a time at most, where it is ill-conditioned.
+# So roughly, because its optimum is another; where it is ill-conditioned, no longer than this.
 _SAMPLE_TOL = 0.4
 _SAMPLE_EVALUATIONS = 200
+_SAMPLE_ITERATIONS = 2
 
 
 @dataclass
@@ -142,7 +143,8 @@ class ColumnGeneration(Solver):
                 for size in _sample_sizes(problem.n, problem.num_functions):
                     part = problem.sample(size, run.seed)
                     trial = run.trial(max(_SAMPLE_TOL, run.tol))
-                    state = self._iterate(part, trial, state, min(_SAMPLE_EVALUATIONS, self.inner_evaluations))
+                    most = min(_SAMPLE_EVALUATIONS, self.inner_evaluations)
+                    state = self._iterate(part, trial, state, most, min(_SAMPLE_ITERATIONS, self.max_iterations))
                     state.centre = None
             except KeyboardInterrupt:
                 state.centre = None  # that of a sample's rows
@@ -150,11 +152,11 @@ class ColumnGeneration(Solver):
                 raise
             if run.out_of_time():
                 self._measure(problem, state, run)
-        self._iterate(problem, run, state, self.inner_evaluations)
+        self._iterate(problem, run, state, self.inner_evaluations, self.max_iterations)
 
-    def _iterate(self, problem: Any, run: Run, state: _State, evaluations: int) -> _State:
-        """Outer iterations of at most so many evaluations, until the run is finished; returns where they stand."""
-        for _ in range(len(run.history), self.max_iterations):
+    def _iterate(self, problem: Any, run: Run, state: _State, evaluations: int, iterations: int) -> _State:
+        """So many outer iterations, of so many evaluations each, at most; returns where they stand."""
+        for _ in range(len(run.history), iterations):
             if run.finished():
                 break
             if state.mu < _NARROWEST or _stalled(run):

@@ -74,7 +74,7 @@ class Shard(Whole):
         return self._total
 
     def holding(self, n: int) -> Whole:
-        """The same processes where ``n`` rows are held here: some of those that were."""
+        """The same processes where ``n`` rows are held here: some of those that were. All must call it."""
         return Shard(n, self.device)
 
     def sum(self, *tensors: Tensor) -> None:

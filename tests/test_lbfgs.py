@@ -1,6 +1,7 @@
 """Limited-memory BFGS: the minimum of a quadratic, and values that are known up to rounding only."""
 
 import math
+from collections import deque
 
 import pytest
 import torch
@@ -41,3 +42,52 @@ def test_steps_too_small_for_the_values_are_judged_by_slopes(noise: float) -> No
     assert stuck > 1e-4
     size, evaluations = search(ROUNDING, noise * ROUNDING)
     assert size < 1e-6 and evaluations < 100
+
+
+def test_values_do_not_drift_upwards_by_rounding() -> None:
+    """Slopes that go on asking for more are believed no further than rounding, counted from the lowest value."""
+    values: dict[float, float] = {}
+    accepted: list[float] = []
+
+    def objective(x: Tensor) -> tuple[float, Tensor]:
+        values[float(x)] = 1 + 1e-7 * len(values)
+        return values[float(x)], torch.full_like(x, 0.99 ** len(values))
+
+    def converged(x: Tensor, gradient: Tensor) -> bool:
+        accepted.append(values[float(x)])
+        return False
+
+    settings = {"stop": lambda: False, "metric": lambda x: x, "max_evaluations": 400, "noise": 1e-6}
+    minimise(objective, torch.zeros(1, dtype=torch.float64), converged=converged, **settings)
+    assert len(accepted) > 10 and max(accepted) <= 1 + 2.1e-6
+
+
+def test_a_search_whose_gradients_are_rounding_ends() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def objective(x: Tensor) -> tuple[float, Tensor]:
+        return 1.0, torch.randn(30, generator=generator, dtype=torch.float64)
+
+    settings = {"stop": lambda: False, "metric": lambda x: x, "max_evaluations": 1000, "noise": 1e-6}
+    start = torch.zeros(30, dtype=torch.float64)
+    _, evaluations = minimise(objective, start, converged=lambda *_: False, **settings)
+    assert evaluations < 500
+
+
+def test_a_step_that_overshoots_within_rounding_is_shortened() -> None:
+    """Its value is no reason to refuse it, its slope is: no point beyond the mirror image of the start is kept."""
+    kept: list[float] = []
+
+    def objective(x: Tensor) -> tuple[float, Tensor]:
+        return 1 + 0.5e-12 * float(x**2), 1e-12 * x
+
+    def converged(x: Tensor, gradient: Tensor) -> bool:
+        kept.append(abs(float(x)))
+        return kept[-1] < 1e-3
+
+    settings = {"stop": lambda: False, "metric": lambda x: 3e12 * x, "max_evaluations": 30, "noise": 1e-6}
+    start = torch.ones(1, dtype=torch.float64)
+    # A pair of another function: without one the first step is as long as the value, not as the metric.
+    pairs = deque([(torch.ones(1), torch.full((1,), 1e-12 / 3), 1e-12 / 3)])
+    minimise(objective, start, converged=converged, pairs=pairs, **settings)
+    assert max(kept) == 1 and kept[-1] < 1e-3

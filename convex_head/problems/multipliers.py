@@ -2,7 +2,8 @@
 
 A loss of problems/losses.py is a maximum over slopes s of a set S. Its smoothing of width mu takes mu/2 |s|^2 off, and
 that keeps a gap open which only a narrower width closes; narrow widths make a hard problem. Taking mu/2 |s - c|^2 off
-instead, with c the slopes of the last minimum, leaves a gap that vanishes as c settles, at any width:
+instead, with c the slopes of the last minimum, leaves a gap that vanishes as c settles, at any width (but for what blur
+adds, adversary/trust_region.py):
 
     max_s <s, 1 - w> - mu/2 |s - c|^2  =  max_s <s, 1 - (w - mu c)> - mu/2 |s|^2  -  mu/2 |c|^2
 

@@ -51,8 +51,6 @@ _ZERO = 1e-12
 # A warm start within the second gap looks for its width until steps are this close to 1; within the first it is kept.
 _NEAR, _FAR, _CLOSE = 0.05, 0.15, 0.9
 _DEAD = 1e-8
-# Relative error of an objective, in units of the precision of passes.
-_ROUNDING = 1.0
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
@@ -66,7 +64,7 @@ _SETTLING = 0.5
 # A path goes on with a width so many times that of the head before.
 _REOPEN = 1.5
 # A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
-_REPAIR_SHARE = 1.0
+_REPAIR_SHARE = 3.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -286,7 +284,7 @@ class ColumnGeneration(Solver):
             stop=run.out_of_time,
             metric=problem.metric(packed, mu, blur, centre),
             pairs=pairs,
-            noise=_ROUNDING * torch.finfo(problem.dtype).eps,
+            noise=torch.finfo(problem.dtype).eps,
         )
         run.extra["evaluations"] += evaluations
         after = PackedNetwork.of(vectors, packed.signs).unpack()

@@ -19,6 +19,8 @@ Objective = Callable[[Tensor], tuple[float, Tensor]]
 Pair = tuple[Tensor, Tensor, float]
 MEMORY = 100
 _DECREASE = 1e-4
+# So many steps in a row that slopes alone accept, without a smaller gradient, are rounding.
+_IDLE = 10
 
 
 def minimise(
@@ -45,15 +47,15 @@ def minimise(
         memory: number of correction pairs.
         pairs: correction pairs (step, change of the gradient, their product) of an earlier search on a similar
             function; those of this search are added to it.
-        noise: relative rounding error of values.
+        noise: relative rounding error of values: so far they may rise where slopes accept a step.
 
     Returns:
-        The best point found and the number of evaluations.
+        The last point accepted - no point tried is lower by more than rounding - and the number of evaluations.
     """
     value, gradient = objective(x)
-    evaluations = 1
+    lowest, evaluations, smallest, idle = value, 1, float(gradient.norm()), 0
     pairs = deque(maxlen=memory) if pairs is None else pairs
-    while evaluations < max_evaluations and not stop() and not converged(x, gradient):
+    while idle < _IDLE and evaluations < max_evaluations and not stop() and not converged(x, gradient):
         direction = _two_loop(gradient, pairs, metric)
         slope = float((direction * gradient).sum())
         if slope >= 0:
@@ -67,8 +69,8 @@ def minimise(
             candidate = x + length * direction
             new_value, new_gradient = objective(candidate)
             evaluations += 1
-            accepted = new_value <= value + _DECREASE * length * slope
-            if not accepted and new_value <= value + noise * abs(value):
+            accepted = falls = new_value <= value + _DECREASE * length * slope
+            if not falls and new_value <= lowest + 2 * noise * abs(lowest):
                 accepted = float((direction * new_gradient).sum()) <= (2 * _DECREASE - 1) * slope
             if accepted:
                 break
@@ -86,6 +88,9 @@ def minimise(
         if product > 1e-12 * float(step.norm() * change.norm()):
             pairs.append((step, change, product))
         x, value, gradient = candidate, new_value, new_gradient
+        size = float(gradient.norm())
+        idle = 0 if falls or size < smallest else idle + 1
+        lowest, smallest = min(lowest, value), min(smallest, size)
     return x, evaluations
 
 

@@ -63,7 +63,7 @@ _SMOOTHING_AIM = 0.5
 _SETTLING = 0.5
 # A path goes on with a width so many times that of the head before.
 _REOPEN = 1.5
-# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol.
+# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol, and at the end.
 _REPAIR_SHARE = 3.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
@@ -246,7 +246,8 @@ class ColumnGeneration(Solver):
         report = problem.dual_point(packed, mu, problem.blur(mu), state.centre)
         run.multipliers = problem.multipliers(report.slopes, mu)
         answer = problem.oracle(report.point)
-        if report.rows is not None and report.smoothing <= _REPAIR_SHARE * run.tol * report.primal:
+        is_close = report.smoothing <= _REPAIR_SHARE * run.tol * report.primal
+        if report.rows is not None and (is_close or run.out_of_time()):
             answer = problem.repair(report.rows, packed, answer, (1 - run.tol) * min(run.primal, report.primal))
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.common import COLOURS, Column, Record, publish
+from benchmarks.fashion_mnist_backbones import ARCHITECTURES
 from convex_head.errors import InputError
 from convex_head.records import EvalRecord
 from convex_head.statistics import Comparison, compare
@@ -30,7 +31,7 @@ _MARKERS = {
 }
 _OTHER = "*"
 _LEFT = 0.1
-_ARCHITECTURES = ("tiny", "small", "preact_resnet18")
+_ARCHITECTURES = tuple(ARCHITECTURES)
 _BACKBONES = ("sam", "standard", "pgd_at", "trades")
 _COSTS = ("seconds", "forwards", "backwards")
 _PARTS = ("with_choice", "fit")
@@ -104,13 +105,12 @@ def rows_of(records: Sequence[EvalRecord]) -> list[Record]:
                 "sam": sam,
             }
         )
-    order = {name: index for index, name in enumerate(("sam", "standard", "pgd_at", "trades"))}
     return sorted(
         rows,
         key=lambda row: (
             _ARCHITECTURES.index(row["arch"]),
             row["attacks"],
-            order.get(row["backbone"], 9),
+            _BACKBONES.index(row["backbone"]),
             row["norm"],
             _number(row["eps"]),
             row["head"],

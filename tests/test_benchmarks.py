@@ -16,7 +16,6 @@ import torch
 from convex_head.data import load_dataset
 from convex_head.errors import DatasetNotFoundError
 from convex_head.records import EvalRecord
-from convex_head.threat import ThreatModel
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = (
@@ -310,53 +309,6 @@ def test_least_squares_coefficients(monkeypatch):
     from benchmarks.coefficients import fit_on_interval, fit_to
 
     assert fit_to(torch.linspace(-3, 3, 20001)) == pytest.approx(fit_on_interval(3.0), abs=1e-3)
-
-
-def test_suite_pairs_and_averages_over_seeds(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.fashion_mnist_report import rows_of
-
-    rows = rows_of(
-        [
-            made(head, seed, marks)
-            for head, seed, marks in (
-                ("own", 0, "11110000"),
-                ("own", 1, "11000000"),
-                ("convex", 0, "11111100"),
-                ("convex", 1, "11110000"),
-            )
-        ]
-    )
-    by = {row["head"]: row for row in rows}
-    assert by["convex"]["robust"] == pytest.approx(5 / 8) and by["convex"]["seeds"] == 2
-    assert by["convex"]["own"]["difference"] == pytest.approx(0.25) and by["convex"]["own"]["p"] == 0.5
-    assert by["own"]["own"] is None
-
-
-def made(head, seed, marks):
-    """A record of eight points with these robust outcomes."""
-    right = marks.count("1")
-    counts = {"attempted": 8, "broken": 8 - right, "robust_correct": right}
-    cell = {"arch": "tiny", "backbone": "sam", "seed": seed, "head": head, "norm": "Linf", "eps": "8/255"}
-    cost = {"seconds": 1.0, "forwards": 1, "backwards": 0}
-    return EvalRecord(
-        name=head,
-        model={"fingerprint": head},
-        dataset={"name": "fashion_mnist", "fingerprint": "same"},
-        threat=ThreatModel("Linf", "8/255"),
-        n=8,
-        clean_correct=8,
-        robust_correct=right,
-        attacks={"autoattack": counts},
-        clean="1" * 8,
-        outcomes={"autoattack": marks},
-        metadata={
-            "cell": {**cell, "attacks": "autoattack"},
-            "train_eps": "8/255",
-            "load_average": 0.0,
-            "backbone_card": {**cost, "recipe": {}},
-        },
-    )
 
 
 def test_published_results_are_complete():

@@ -4,6 +4,7 @@
     python -m benchmarks.fashion_mnist --backbones sam --seeds 0          a part; finished cells are kept
     python -m benchmarks.fashion_mnist --known leaderboard/entries        goes on from the cells that are published
     python -m benchmarks.fashion_mnist --report                           table and figure of what is finished
+    python -m benchmarks.fashion_mnist --device cuda --batch-size 1000    on a GPU: larger batches, not the same record
     python -m benchmarks.fashion_mnist --quick                            the same path in a minute
 
 A cell is one backbone, seed, head, norm and eps: 1,000 test points, AutoAttack standard and the attacks that know the
@@ -81,6 +82,7 @@ class Plan:
         backbones, seeds, heads, threats: what is crossed; threats are (norm, eps).
         train_eps: the Linf eps that adversarial heads train against and that every choice is made at.
         n: test points.
+        device: where networks are trained, heads are fitted and attacks are run.
     """
 
     arch: str = "tiny"
@@ -98,6 +100,7 @@ class Plan:
     train_eps: str = "8/255"
     n: int = 1000
     batch_size: int = 250
+    device: str = "cpu"
     head_images: int = HELD_OUT
     schedule: Schedule = field(default_factory=Schedule)
     effort: Effort = field(default_factory=Effort)
@@ -125,6 +128,8 @@ class Plan:
         words += ["--attacks", cell.attacks] if cell.attacks != usual.attacks else []
         words += ["--arch", cell.arch] if cell.arch != usual.arch else []
         words += ["--n", str(self.n)] if self.n != usual.n else []
+        words += ["--batch-size", str(self.batch_size)] if self.batch_size != usual.batch_size else []
+        words += ["--device", self.device] if self.device != usual.device else []
         return shlex.join(words)
 
 
@@ -147,15 +152,17 @@ def build(plan: Plan, cell: Cell, folder: Path) -> tuple[nn.Module, dict[str, An
     path = folder / "models" / f"{cell.model}-{plan.model_key()}.pt"
     if path.exists():
         # Written by the lines below: our own modules, which no state dict can rebuild.
-        model, card = torch.load(path, weights_only=False)
+        model, card = torch.load(path, weights_only=False, map_location=plan.device)
         return model, card
     (folder / "backbones").mkdir(parents=True, exist_ok=True)
-    base, trained = backbone(cell.backbone, cell.seed, folder / "backbones", arch=cell.arch, schedule=plan.schedule)
+    where = {"folder": folder / "backbones", "device": plan.device}
+    base, trained = backbone(cell.backbone, cell.seed, arch=cell.arch, schedule=plan.schedule, **where)
     threat = ThreatModel("Linf", plan.train_eps)
     data = head_data(cell.seed, plan.head_images)
     model, card = fit_head(cell.head, base, data, threat, plan.effort, cell.seed)
     card = {"training": cell.backbone, "head": cell.head, "backbone": f"PreAct ResNet, {cell.arch}", **card}
     card["backbone_card"], card["train_eps"], card["load_average"] = trained, plan.train_eps, load_average()
+    card["device"] = plan.device
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save((model, card), path)
     # After adversarial rounds a head has been fitted on further features, which are not kept.
@@ -178,7 +185,7 @@ def measure(plan: Plan, cell: Cell, folder: Path) -> EvalRecord:
             return found
     model, card = build(plan, cell, folder)
     # Another plan's progress is not this cell's: evaluate would refuse it.
-    state = folder / "state" / f"{plan.model_key()}-{plan.n}-{cell.file}"
+    state = folder / "state" / f"{plan.model_key()}-{plan.n}-{plan.batch_size}-{cell.file}"
     state.parent.mkdir(parents=True, exist_ok=True)
     test = points(plan)
     pictures = adversarial_examples(model, test, cell.threat, _PICTURES)
@@ -230,12 +237,15 @@ def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     extra.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="norm of --eps (default: %(default)s)")
     extra.add_argument("--attacks", choices=ATTACKS)
     extra.add_argument("--n", type=int, help="test points")
+    extra.add_argument("--batch-size", type=int, help="test points attacked together; part of a record")
+    extra.add_argument("--device", help="cpu, cuda, cuda:0 (default: cpu)")
     extra.add_argument("--folder", type=Path, help="where backbones, heads and records are kept")
     extra.add_argument("--known", type=Path, help="folder of leaderboard entries whose cells count as finished")
     extra.add_argument("--report", action="store_true", help="run nothing")
     options = arguments(NAME, __doc__, argv, extra=extra)
     plan = QUICK if options.quick else Plan()
-    given = {name: getattr(options, name) for name in ("arch", "backbones", "seeds", "heads", "attacks", "n")}
+    names = ("arch", "backbones", "seeds", "heads", "attacks", "n", "batch_size", "device")
+    given = {name: getattr(options, name) for name in names}
     plan = replace(plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None})
     if options.norm != "Linf" and not options.eps:
         raise InputError(f"--norm is that of --eps; found --norm {options.norm} alone. Add for example --eps 0.5.")

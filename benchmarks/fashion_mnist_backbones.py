@@ -74,7 +74,13 @@ def head_data(seed: int, n: int = HELD_OUT) -> HeadData:
 
 
 def backbone(
-    recipe: str, seed: int, folder: Path, *, arch: str = "tiny", schedule: Schedule | None = None
+    recipe: str,
+    seed: int,
+    folder: Path,
+    *,
+    arch: str = "tiny",
+    schedule: Schedule | None = None,
+    device: str = "cpu",
 ) -> tuple[PreActResNet, dict[str, Any]]:
     """The trained network in evaluation mode, frozen, and its card of costs; from ``folder`` where it is finished."""
     schedule = schedule or Schedule()
@@ -83,13 +89,13 @@ def backbone(
         card = json.loads(path.read_text(encoding="utf-8"))
         if card["schedule"] == asdict(schedule):
             model = _fresh(arch, seed)
-            model.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
-            return _ready(model), card
+            model.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True, map_location="cpu"))
+            return _ready(model.to(device)), card
     variants: list[Any] = [SAM(rho=rho) for rho in RHOS] if recipe == "sam" else [recipe]
     best: tuple[tuple[float, float], PreActResNet, dict[str, Any]] | None = None
     cost = {"seconds": 0.0, "forwards": 0, "backwards": 0}
     for number, variant in enumerate(variants):
-        model = _fresh(arch, seed)
+        model = _fresh(arch, seed).to(device)
         images, labels = (part[HELD_OUT:][: schedule.images] for part in _training())
         adversarial = recipe in ("pgd_at", "trades")
         record = train(
@@ -112,7 +118,7 @@ def backbone(
         if best is None or (robust, clean) > best[0]:
             best = ((robust, clean), model, card)
     assert best is not None
-    card = {"arch": arch, "seed": seed, "schedule": asdict(schedule), **best[2], **cost}
+    card = {"arch": arch, "seed": seed, "schedule": asdict(schedule), "device": device, **best[2], **cost}
     torch.save(best[1].state_dict(), path.with_suffix(".pt"))
     path.write_text(json.dumps(card), encoding="utf-8")
     return _ready(best[1]), card

@@ -1,13 +1,12 @@
 """Limited-memory BFGS: the minimum of a quadratic, and values that are known up to rounding only."""
 
 import math
-from collections import deque
 
 import pytest
 import torch
 from torch import Tensor
 
-from convex_head.solvers.lbfgs import minimise
+from convex_head.solvers.lbfgs import Corrections, minimise
 
 SCALES = torch.logspace(0, 3, 30, dtype=torch.float64)
 ROUNDING = 1e-5
@@ -88,6 +87,44 @@ def test_a_step_that_overshoots_within_rounding_is_shortened() -> None:
     settings = {"stop": lambda: False, "metric": lambda x: 3e12 * x, "max_evaluations": 30, "noise": 1e-6}
     start = torch.ones(1, dtype=torch.float64)
     # A pair of another function: without one the first step is as long as the value, not as the metric.
-    pairs = deque([(torch.ones(1), torch.full((1,), 1e-12 / 3), 1e-12 / 3)])
+    pairs = Corrections.of([torch.ones(1)], [torch.full((1,), 1e-12 / 3)])
     minimise(objective, start, converged=converged, pairs=pairs, **settings)
     assert max(kept) == 1 and kept[-1] < 1e-3
+
+
+def two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], metric: Tensor) -> Tensor:
+    """The recursion of the textbook (J. Nocedal and S. Wright, 2006, algorithm 7.4)."""
+    q, coefficients = -gradient, []
+    for step, change in reversed(pairs):
+        coefficients.append((step * q).sum() / (step * change).sum())
+        q = q - coefficients[-1] * change
+    step, change = pairs[-1]
+    q = metric * q * ((step * change).sum() / (change * metric * change).sum())
+    for (step, change), coefficient in zip(pairs, reversed(coefficients), strict=True):
+        q = q + (coefficient - (change * q).sum() / (step * change).sum()) * step
+    return q
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 23])
+def test_directions_are_those_of_the_two_loop_recursion(count: int) -> None:
+    """With fewer pairs than are kept, and with more, of which the oldest go."""
+    generator = torch.Generator().manual_seed(count)
+    shape, memory = (3, 10), 9
+    metric = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    kept = Corrections(memory)
+    pairs = []
+    for _ in range(count):
+        step = torch.randn(shape, generator=generator, dtype=torch.float64)
+        change = step * (metric + 0.3) + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        kept.append(step, change)
+        kept.append(step, -change)  # no positive curvature: not kept
+        pairs.append((step, change))
+    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+    found = kept.direction(gradient, lambda x: metric * x)
+    torch.testing.assert_close(found, two_loop(gradient, pairs[-memory:], metric), rtol=1e-10, atol=1e-12)
+    assert len(kept) == min(count, memory)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(kept, pairs[-memory:], strict=True))
+
+
+def test_without_pairs_the_direction_is_that_of_the_metric() -> None:
+    assert torch.equal(Corrections().direction(SCALES, lambda x: 3 * x), -3 * SCALES)

@@ -71,8 +71,10 @@ def pgd_accuracy(
 
     It ascends the margin max_{k != y} f_k - f_y: a cross-entropy that saturates, as it does on heads trained
     with a hinge, flatters them. For choices on validation data only: it starts at the images, takes steps of
-    eps/4 and reports no flags.
+    eps/4 and reports no flags. Images and labels are moved to the model.
     """
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    images, labels = images.to(device), labels.to(device)
 
     def margin(logits: Tensor) -> Tensor:
         own = logits.gather(1, labels[:, None])

@@ -7,14 +7,12 @@ neurons go, new neurons have rows of zeros.
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
-from convex_head.solvers.lbfgs import MEMORY, Pair
+from convex_head.solvers.lbfgs import MEMORY, Corrections
 
 # Numbers held at most; where a network is larger, every search starts without memory.
 _LIMIT = 1 << 27
@@ -40,9 +38,9 @@ class CurvatureMemory:
         """What a checkpoint keeps of it."""
         return {"steps": torch.stack(self.steps), "changes": torch.stack(self.changes)} if self.steps else {}
 
-    def packed(self, packed: PackedNetwork, network: Network) -> deque[Pair]:
+    def packed(self, packed: PackedNetwork, network: Network) -> Corrections:
         """The pairs in the layout of a packed network."""
-        pairs: deque[Pair] = deque(maxlen=MEMORY)
+        pairs = Corrections()
         if not self.steps:
             return pairs
         order = torch.argsort(network.function, stable=True)
@@ -54,17 +52,15 @@ class CurvatureMemory:
             wide = [torch.zeros_like(packed.vectors) for _ in range(2)]
             for tensor, rows in zip(wide, (step, change), strict=True):
                 tensor[network.function, place] = rows.to(tensor.dtype)
-            product = float((wide[0] * wide[1]).sum())
-            if product > 1e-12 * float(wide[0].norm() * wide[1].norm()):
-                pairs.append((wide[0], wide[1], product))
+            pairs.append(*wide)
         return pairs
 
-    def store(self, pairs: deque[Pair], alive: Tensor, keep: Tensor) -> None:
+    def store(self, pairs: Corrections, alive: Tensor, keep: Tensor) -> None:
         """Take pairs over: rows of the slots ``alive`` (F, m), of which ``keep`` stay in the network."""
         self.steps, self.changes = [], []
-        if 2 * MEMORY * int(keep.sum()) * pairs_width(pairs) > _LIMIT:
-            return
-        for step, change, _ in pairs:
+        for step, change in pairs:
+            if 2 * MEMORY * int(keep.sum()) * step.shape[-1] > _LIMIT:
+                return
             self.steps.append(step[alive][keep])
             self.changes.append(change[alive][keep])
 
@@ -73,8 +69,3 @@ class CurvatureMemory:
         for held in (self.steps, self.changes):
             for i, rows in enumerate(held):
                 held[i] = torch.cat([rows, rows.new_zeros(count, rows.shape[1])])
-
-
-def pairs_width(pairs: deque[Pair]) -> int:
-    """d of the pairs, 0 without any."""
-    return pairs[0][0].shape[-1] if pairs else 0

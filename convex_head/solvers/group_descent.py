@@ -34,7 +34,7 @@ from torch import Tensor
 from convex_head.problems.gates import Centre, GateEvaluation, GateNetwork
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.gate_metric import block_metric, shared_metric
-from convex_head.solvers.lbfgs import Pair, minimise
+from convex_head.solvers.lbfgs import Corrections, minimise
 
 _FIRST_WIDTH, _SHRINK, _LAST_WIDTH = 1.0, 0.3, 0.03
 _SHRINK_NORMS, _LEAST_WIDTH = 0.4, 1e-12
@@ -142,7 +142,7 @@ class _WorkingSet:
         self.shares = self.part.centre().shares
         self.solved, self.inner = False, 0.0
         self.point = vectors
-        self.pairs: deque[Pair] = deque(maxlen=_MEMORY)
+        self.pairs = Corrections(_MEMORY)
         self.look(vectors, exactly=True)
         unit = 0.1 * _unit(-self.last.gradient)
         self.u = torch.where(vectors.norm(dim=-1, keepdim=True) > 0, _root(vectors), unit)

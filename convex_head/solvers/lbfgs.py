@@ -10,17 +10,102 @@ gradients still tell: there a step is taken by its slopes (W. Hager and H. Zhang
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]
-Pair = tuple[Tensor, Tensor, float]
 MEMORY = 100
+_CURVED = 1e-12
 _DECREASE = 1e-4
 # So many steps in a row that slopes alone accept, without a smaller gradient, are rounding.
 _IDLE = 10
+
+
+class Corrections:
+    """Correction pairs of L-BFGS, steps s and changes y of the gradient, and what applies them at once.
+
+    With P the products s_i'y_j of pairs i not younger than j, the two recursions of the textbook are two triangular
+    systems, P a = S q and P'b = diag(P) a - Y r, and four products with the pairs as matrices (R. Byrd, J. Nocedal,
+    R. Schnabel, Math. Program. 63 (1994)): a handful of operations instead of hundreds, none of which waits for a
+    number from a GPU.
+
+    Args:
+        memory: number of pairs kept; the oldest goes first.
+    """
+
+    def __init__(self, memory: int = MEMORY):
+        self.memory = memory
+        self.clear()
+
+    @staticmethod
+    def of(steps: list[Tensor], changes: list[Tensor], memory: int = MEMORY) -> Corrections:
+        """The pairs of positive curvature among these, oldest first."""
+        found = Corrections(memory)
+        for step, change in zip(steps, changes, strict=True):
+            found.append(step, change)
+        return found
+
+    def clear(self) -> None:
+        """Forget all pairs."""
+        self._count, self._first = 0, 0
+        self._shape: tuple[int, ...] = ()
+        self._steps = self._changes = self._products = torch.zeros(0, 0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(step, change), oldest first."""
+        for position in range(self._count):
+            slot = (self._first + position) % len(self._steps)
+            yield self._steps[slot].view(self._shape), self._changes[slot].view(self._shape)
+
+    def append(self, step: Tensor, change: Tensor) -> None:
+        """Keep a pair, unless its curvature is not positive beyond rounding."""
+        s, y = step.reshape(-1), change.reshape(-1)
+        if not bool(s @ y > _CURVED * s.norm() * y.norm()):
+            return
+        if self._count == 0:
+            self._shape, self._first = tuple(step.shape), 0
+        if self._count == len(self._steps) < self.memory:
+            self._grow(s)
+        if self._count == self.memory:
+            slot, self._first = self._first, (self._first + 1) % self.memory
+        else:
+            slot, self._count = self._count, self._count + 1
+        self._steps[slot], self._changes[slot] = s, y
+        self._products[: self._count, slot] = self._steps[: self._count] @ self._changes[slot]
+
+    def _grow(self, like: Tensor) -> None:
+        room = min(self.memory, max(8, 2 * self._count))
+        wide = [like.new_zeros(room, len(like)) for _ in range(2)]
+        products = like.new_zeros(room, room)
+        if self._count:
+            for new, old in zip(wide, (self._steps, self._changes), strict=True):
+                new[: self._count] = old
+            products[: self._count, : self._count] = self._products
+        self._steps, self._changes = wide
+        self._products = products
+
+    def direction(self, gradient: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
+        """-H gradient; ``metric`` is the first approximation of the inverse Hessian, scaled to the youngest pair."""
+        if not self._count:
+            return -metric(gradient)
+        q = -gradient.reshape(-1).to(self._steps.dtype)
+        steps, changes = self._steps[: self._count], self._changes[: self._count]
+        turn = -self._first
+        products = self._products[: self._count, : self._count].roll((turn, turn), (0, 1)).triu()
+        right = (steps @ q).roll(turn).unsqueeze(1)
+        ahead = torch.linalg.solve_triangular(products, right, upper=True)
+        q = q - changes.mT @ ahead.squeeze(1).roll(-turn)
+        youngest = changes[(self._first + self._count - 1) % self._count]
+        scaled = (youngest * metric(youngest.view(self._shape)).reshape(-1)).sum()
+        r = metric(q.view(self._shape)).reshape(-1) * (products[-1, -1] / scaled)
+        right = products.diagonal().unsqueeze(1) * ahead - (changes @ r).roll(turn).unsqueeze(1)
+        back = torch.linalg.solve_triangular(products.mT, right, upper=False)
+        return (r + steps.mT @ back.squeeze(1).roll(-turn)).view(self._shape).to(gradient.dtype)
 
 
 def minimise(
@@ -31,8 +116,7 @@ def minimise(
     max_evaluations: int,
     stop: Callable[[], bool],
     metric: Callable[[Tensor], Tensor],
-    memory: int = MEMORY,
-    pairs: deque[Pair] | None = None,
+    pairs: Corrections | None = None,
     noise: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Minimise a C^1 function from x.
@@ -44,9 +128,7 @@ def minimise(
         max_evaluations: bound on calls of ``objective``.
         stop: asked between evaluations; True ends the search.
         metric: applies a fixed approximation of the inverse Hessian, up to scale, to a tensor of x's shape.
-        memory: number of correction pairs.
-        pairs: correction pairs (step, change of the gradient, their product) of an earlier search on a similar
-            function; those of this search are added to it.
+        pairs: correction pairs of an earlier search on a similar function; those of this search are added to it.
         noise: relative rounding error of values: so far they may rise where slopes accept a step.
 
     Returns:
@@ -54,9 +136,9 @@ def minimise(
     """
     value, gradient = objective(x)
     lowest, evaluations, smallest, idle = value, 1, float(gradient.norm()), 0
-    pairs = deque(maxlen=memory) if pairs is None else pairs
+    pairs = Corrections() if pairs is None else pairs
     while idle < _IDLE and evaluations < max_evaluations and not stop() and not converged(x, gradient):
-        direction = _two_loop(gradient, pairs, metric)
+        direction = pairs.direction(gradient, metric)
         slope = float((direction * gradient).sum())
         if slope >= 0:
             if not pairs:
@@ -83,28 +165,9 @@ def minimise(
                 break
             pairs.clear()
             continue
-        step, change = candidate - x, new_gradient - gradient
-        product = float((step * change).sum())
-        if product > 1e-12 * float(step.norm() * change.norm()):
-            pairs.append((step, change, product))
+        pairs.append(candidate - x, new_gradient - gradient)
         x, value, gradient = candidate, new_value, new_gradient
         size = float(gradient.norm())
         idle = 0 if falls or size < smallest else idle + 1
         lowest, smallest = min(lowest, value), min(smallest, size)
     return x, evaluations
-
-
-def _two_loop(gradient: Tensor, pairs: deque[Pair], metric: Callable[[Tensor], Tensor]) -> Tensor:
-    q = -gradient
-    coefficients = []
-    for step, change, product in reversed(pairs):
-        coefficient = (step * q).sum() / product
-        coefficients.append(coefficient)
-        q = q - coefficient * change
-    q = metric(q)
-    if pairs:
-        _, change, product = pairs[-1]
-        q = q * (product / (change * metric(change)).sum())
-    for (step, change, product), coefficient in zip(pairs, reversed(coefficients), strict=True):
-        q = q + (coefficient - (change * q).sum() / product) * step
-    return q

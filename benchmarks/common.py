@@ -129,7 +129,7 @@ def origin(options: argparse.Namespace) -> Record:
         "commit": provenance.commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": found,
-        "hardware": provenance.hardware(torch.device("cpu")),
+        "hardware": provenance.hardware(torch.device(getattr(options, "device", None) or "cpu")),
         "load_average": load_average(),
     }
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import arguments, load_average
-from benchmarks.fashion_mnist_backbones import ARCHITECTURES, HELD_OUT, Schedule, backbone, head_data
+from benchmarks.fashion_mnist_backbones import ARCHITECTURES, HELD_OUT, RHOS, Schedule, backbone, head_data
 from benchmarks.fashion_mnist_heads import HEADS, Effort, fit_head
 from benchmarks.fashion_mnist_report import report
 from convex_head.certificate_check import save_for_check
@@ -82,6 +82,7 @@ class Plan:
         backbones, seeds, heads, threats: what is crossed; threats are (norm, eps).
         train_eps: the Linf eps that adversarial heads train against and that every choice is made at.
         n: test points.
+        rhos: SAM's, of which validation takes one.
         device: where networks are trained, heads are fitted and attacks are run.
     """
 
@@ -100,6 +101,7 @@ class Plan:
     train_eps: str = "8/255"
     n: int = 1000
     batch_size: int = 250
+    rhos: tuple[float, ...] = RHOS
     device: str = "cpu"
     head_images: int = HELD_OUT
     schedule: Schedule = field(default_factory=Schedule)
@@ -116,6 +118,7 @@ class Plan:
     def model_key(self) -> str:
         """Digest of what a fitted model depends on beside its name."""
         content = [self.train_eps, self.head_images, asdict(self.schedule), asdict(self.effort)]
+        content += [self.rhos] if self.rhos != RHOS else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     def command(self, cell: Cell) -> str:
@@ -129,6 +132,7 @@ class Plan:
         words += ["--arch", cell.arch] if cell.arch != usual.arch else []
         words += ["--n", str(self.n)] if self.n != usual.n else []
         words += ["--batch-size", str(self.batch_size)] if self.batch_size != usual.batch_size else []
+        words += ["--rhos", *map(str, self.rhos)] if self.rhos != usual.rhos else []
         words += ["--device", self.device] if self.device != usual.device else []
         return shlex.join(words)
 
@@ -155,8 +159,8 @@ def build(plan: Plan, cell: Cell, folder: Path) -> tuple[nn.Module, dict[str, An
         model, card = torch.load(path, weights_only=False, map_location=plan.device)
         return model, card
     (folder / "backbones").mkdir(parents=True, exist_ok=True)
-    where = {"folder": folder / "backbones", "device": plan.device}
-    base, trained = backbone(cell.backbone, cell.seed, arch=cell.arch, schedule=plan.schedule, **where)
+    how: dict[str, Any] = {"arch": cell.arch, "schedule": plan.schedule, "rhos": plan.rhos, "device": plan.device}
+    base, trained = backbone(cell.backbone, cell.seed, folder / "backbones", **how)
     threat = ThreatModel("Linf", plan.train_eps)
     data = head_data(cell.seed, plan.head_images)
     model, card = fit_head(cell.head, base, data, threat, plan.effort, cell.seed)
@@ -238,13 +242,14 @@ def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     extra.add_argument("--attacks", choices=ATTACKS)
     extra.add_argument("--n", type=int, help="test points")
     extra.add_argument("--batch-size", type=int, help="test points attacked together; part of a record")
+    extra.add_argument("--rhos", nargs="+", type=float, help="SAM's rho; validation takes one of several")
     extra.add_argument("--device", help="cpu, cuda, cuda:0 (default: cpu)")
     extra.add_argument("--folder", type=Path, help="where backbones, heads and records are kept")
     extra.add_argument("--known", type=Path, help="folder of leaderboard entries whose cells count as finished")
     extra.add_argument("--report", action="store_true", help="run nothing")
     options = arguments(NAME, __doc__, argv, extra=extra)
     plan = QUICK if options.quick else Plan()
-    names = ("arch", "backbones", "seeds", "heads", "attacks", "n", "batch_size", "device")
+    names = ("arch", "backbones", "seeds", "heads", "attacks", "n", "batch_size", "rhos", "device")
     given = {name: getattr(options, name) for name in names}
     plan = replace(plan, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None})
     if options.norm != "Linf" and not options.eps:

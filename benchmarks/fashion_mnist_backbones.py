@@ -7,6 +7,7 @@ there as well, by the accuracy under the validation attack at 8/255.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -66,6 +67,12 @@ def _training() -> tuple[Tensor, Tensor]:
     return data.images[order], data.labels[order]
 
 
+def backbone_data(images: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images and labels that backbones are trained on: the first ``images`` of their 50,000."""
+    pictures, labels = (part[HELD_OUT:][:images] for part in _training())
+    return pictures, labels
+
+
 def head_data(seed: int, n: int = HELD_OUT) -> HeadData:
     """Images that no backbone was trained on, split for choices by ``seed``."""
     images, labels = (part[:n] for part in _training())
@@ -80,6 +87,7 @@ def backbone(
     *,
     arch: str = "tiny",
     schedule: Schedule | None = None,
+    rhos: Sequence[float] = RHOS,
     device: str = "cpu",
 ) -> tuple[PreActResNet, dict[str, Any]]:
     """The trained network in evaluation mode, frozen, and its card of costs; from ``folder`` where it is finished."""
@@ -87,16 +95,18 @@ def backbone(
     path = folder / f"{arch}-{recipe}-{seed}.json"
     if path.exists():
         card = json.loads(path.read_text(encoding="utf-8"))
-        if card["schedule"] == asdict(schedule):
+        if card["schedule"] == asdict(schedule) and card.get("rhos", list(RHOS)) == list(rhos):
             model = _fresh(arch, seed)
             model.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True, map_location="cpu"))
             return _ready(model.to(device)), card
-    variants: list[Any] = [SAM(rho=rho) for rho in RHOS] if recipe == "sam" else [recipe]
+    variants: list[Any] = [SAM(rho=rho) for rho in rhos] if recipe == "sam" else [recipe]
     best: tuple[tuple[float, float], PreActResNet, dict[str, Any]] | None = None
     cost = {"seconds": 0.0, "forwards": 0, "backwards": 0}
     for number, variant in enumerate(variants):
         model = _fresh(arch, seed).to(device)
-        images, labels = (part[HELD_OUT:][: schedule.images] for part in _training())
+        if device != "cpu":  # as tensor cores want it
+            model = model.to(memory_format=torch.channels_last)
+        images, labels = backbone_data(schedule.images)
         adversarial = recipe in ("pgd_at", "trades")
         record = train(
             model,
@@ -119,6 +129,7 @@ def backbone(
             best = ((robust, clean), model, card)
     assert best is not None
     card = {"arch": arch, "seed": seed, "schedule": asdict(schedule), "device": device, **best[2], **cost}
+    card |= {"rhos": list(rhos)} if recipe == "sam" else {}
     torch.save(best[1].state_dict(), path.with_suffix(".pt"))
     path.write_text(json.dumps(card), encoding="utf-8")
     return _ready(best[1]), card

@@ -11,6 +11,8 @@ eigendecompositions a form serve the whole data set, and none of them sees d:
     V V' = W diag(s) W',   R = diag(s)^(1/2) W',   2a R diag(beta) R' = Y diag(lambda) Y'
     P = R'Y (K x k),   Z = W diag(s)^(-1/2) Y (K x k),   E = V'Z (d x k) with E'E = I
 
+(or R' = L and Z = L'^-1 Y with L L' = V V', where the neurons are independent).
+
 Then an example needs only its projections tau = V x: its gradient in the eigenbasis is (beta (2a tau + b nu)) P,
 nu_j = |v_j|, a step e = E ehat moves the projections by P ehat, and no n x d temporary appears.
 
@@ -20,7 +22,10 @@ the largest, and no point leaves its ball for want of it.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -30,6 +35,9 @@ from convex_head.problems.base import Network
 # Above this many forms (46 classes in pairs) factors are made when asked for, because each holds K x k numbers.
 _EAGER_FORMS = 1100
 _NULL = 1e-13
+_TOGETHER = 32
+# Share of a neuron's square that those before it leave, below which they are taken as dependent.
+_DEPENDENT = 1e-8
 
 
 @dataclass(frozen=True)
@@ -123,11 +131,12 @@ class Forms:
 
     def scatter_pairs(self, per_form: Tensor, out: Tensor) -> None:
         """Add the blocks of (T, K, K) to (F, F, m, m), by the functions of row and column."""
-        m = out.shape[-1]
+        m, functions = out.shape[-1], out.shape[0]
+        flat = out.view(functions * functions, m, m)
         for i, row in enumerate(self.ends()):
             for j, column in enumerate(self.ends()):
                 block = per_form[:, i * m : (i + 1) * m, j * m : (j + 1) * m]
-                out.index_put_((row, column), block, accumulate=True)
+                flat.index_add_(0, row * functions + column, block)
 
 
 @dataclass(frozen=True)
@@ -256,17 +265,64 @@ class Spectra:
             upper = torch.cat([self._gram[plus, plus], self._gram[plus, minus]], dim=2)
             lower = torch.cat([self._gram[minus, plus], self._gram[minus, minus]], dim=2)
             gram = torch.cat([upper, lower], dim=1)
-        square, w = torch.linalg.eigh(gram)
-        # The rank is at most d; eigenvalues ascend.
-        rank = min(self.packed.vectors.shape[-1], gram.shape[-1])
-        square, w = square[:, -rank:].clamp_min(0), w[:, :, -rank:]
-        root = square.sqrt()
-        kept = square > _NULL * square[:, -1:]
-        inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), torch.zeros_like(root))
-        r = root.unsqueeze(-1) * w.mT
-        hessian = 2 * a * (r * beta.unsqueeze(1)) @ r.mT
-        eigenvalues, y = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
+        root, inverse = _root(gram, min(self.packed.vectors.shape[-1], gram.shape[-1]), beta != 0)
+        hessian = 2 * a * (root.mT * beta.unsqueeze(1)) @ root
+        eigenvalues, y = _eigh(0.5 * (hessian + hessian.mT))
         constant = c * (beta * nu.square()).sum(-1)
-        bulk = (part.to(self.dtype) for part in (eigenvalues, r.mT @ y, beta, nu, constant))
+        bulk = (part.to(self.dtype) for part in (eigenvalues, root @ y, beta, nu, constant))
         eigenvalues, lift, beta, nu, constant = bulk
-        return Spectrum(eigenvalues, lift, (w * inverse.unsqueeze(1)) @ y, beta, nu, constant)
+        return Spectrum(eigenvalues, lift, inverse @ y, beta, nu, constant)
+
+
+def _root(gram: Tensor, rank: int, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """R' and S (G, K, k) with R'R = gram and S'gram S = I on its range.
+
+    Of neurons that are independent by a Cholesky factor, else by an eigendecomposition.
+
+    Args:
+        gram: (G, K, K) products of neurons.
+        rank: k, a bound of its rank.
+        alive: (G, K) False where a neuron only pads.
+    """
+    size = gram.shape[-1]
+    if rank == size:
+        square = torch.diagonal(gram, dim1=-2, dim2=-1)
+        # Neurons that pad are made unit vectors of their own: nothing of them enters a form.
+        lower, fault = torch.linalg.cholesky_ex(gram + torch.diag_embed((~alive).to(gram.dtype)))
+        left = torch.diagonal(lower, dim1=-2, dim2=-1).square()
+        if bool((fault == 0).all() & ((left > _DEPENDENT * square) | ~alive).all()):
+            one = torch.eye(size, dtype=gram.dtype, device=gram.device)
+            return lower, torch.linalg.solve_triangular(lower.mT, one, upper=True)
+    square, w = _eigh(gram)
+    # Eigenvalues ascend.
+    square, w = square[:, -rank:].clamp_min(0), w[:, :, -rank:]
+    root = square.sqrt()
+    kept = square > _NULL * square[:, -1:]
+    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(root.dtype).tiny), torch.zeros_like(root))
+    return w * root.unsqueeze(1), w * inverse.unsqueeze(1)
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of (G, K, K); of wide ones from a GPU on the processor, in threads.
+
+    CUDA solves batches of symmetric matrices up to 32 wide at once, and wider ones one by one, in 0.8 ms each.
+    """
+    if matrices.device.type == "cpu" or matrices.shape[-1] <= _TOGETHER or len(matrices) == 1:
+        return torch.linalg.eigh(matrices)
+    return _in_threads(matrices)
+
+
+def _in_threads(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    parts = _pool().map(torch.linalg.eigh, matrices.cpu().chunk(_threads()))
+    values, vectors = (torch.cat(part).to(matrices.device) for part in zip(*parts, strict=True))
+    return values, vectors
+
+
+def _threads() -> int:
+    return min(32, os.cpu_count() or 1)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    # Each with a thread of its own: linear algebra in threads that share theirs is no faster than in one.
+    return ThreadPoolExecutor(_threads(), initializer=partial(torch.set_num_threads, 1))

@@ -8,6 +8,9 @@ at a cost of n C m. Margins whose bound already passes a threshold (1 for the hi
 more; the others are solved exactly, those of one label and class together because they share a form, in padded
 groups that fit the cache. Projections tau = V x are one matrix product a chunk; the rest lives in the span of the
 neurons.
+
+On a GPU all margins are solved, in groups that are made once for a data set: there arithmetic is cheap, and to learn
+which margins are needed the device would have to be waited for.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from convex_head.rows import Chunk, Rows
 # A margin from here on costs nothing under any loss (problems/losses.py).
 SATISFIED = 1.0
 _GROUP_ELEMENTS = 1 << 16
+# On a GPU, where a group costs its launches. Blocks shorter than this share of their group's longest form another.
+_GPU_GROUP_ELEMENTS = 1 << 26
+_EVEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class MarginScan:
         self.num_margins = 1 if num_classes == 2 else num_classes - int(self.pairwise)
         self.forms = Forms.build(num_classes, self.pairwise, rows.device)
         self.table_form, self.table_sign, self.rival = self._tables()
+        self.is_dense = rows.device.type != "cpu" and not self.forms.are_many()
+        self._kept: dict[int, tuple[int, list[Group]]] = {}
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Form, sign and opposing function of every (column, label); (K, C) each."""
@@ -121,6 +129,10 @@ class MarginScan:
         slack = blur * radius * self.rows.d**0.5
         for chunk in self.rows:
             tau = self.project(chunk, spectra.packed)
+            if self.is_dense:
+                margins = torch.empty(len(chunk.x), self.num_margins, dtype=tau.dtype, device=tau.device)
+                yield chunk, tau, margins, self.solve(chunk, None, tau, spectra, radius, margins, blur)
+                continue
             margins = self.lower_bounds(chunk, tau, spectra, radius)
             needed = margins < threshold + slack
             common = (tau, spectra, radius, margins, blur)
@@ -136,16 +148,17 @@ class MarginScan:
     def solve(
         self,
         chunk: Chunk,
-        needed: Tensor,
+        needed: Tensor | None,
         tau: Tensor,
         spectra: Spectra,
         radius: float,
         margins: Tensor,
         blur: float = 0.0,
     ) -> list[Step]:
-        """Write the exact worst cases of the needed (rows, K) entries into ``margins``; return the steps."""
+        """Write the exact worst cases of the needed (rows, K) entries, None for all, into ``margins``; return steps."""
         steps = []
-        for group in self.groups(chunk, needed, spectra.width):
+        width = spectra.width
+        for group in self._all_groups(chunk, width) if needed is None else self.groups(chunk, needed, width):
             group_pass = GroupPass(group, spectra)
             centre = group_pass.gather(tau)
             value, gradient = group_pass.quadratic(centre)
@@ -178,8 +191,27 @@ class MarginScan:
             curvature,
         )
 
-    def groups(self, chunk: Chunk, needed: Tensor, width: int) -> Iterator[Group]:
-        """Blocks of the needed (row, column) entries, longest first, in groups of bounded padded size."""
+    def _all_groups(self, chunk: Chunk, width: int) -> list[Group]:
+        """The groups of all entries, kept until their width changes."""
+        kept = self._kept.get(chunk.rows.start)
+        if kept is None or kept[0] != width:
+            whole = torch.ones(len(chunk.x), self.num_margins, dtype=torch.bool, device=chunk.x.device)
+            kept = width, list(self.groups(chunk, whole, width, _GPU_GROUP_ELEMENTS, _EVEN))
+            self._kept[chunk.rows.start] = kept
+        return kept[1]
+
+    def groups(
+        self, chunk: Chunk, needed: Tensor, width: int, elements: int = _GROUP_ELEMENTS, even: float = 0.0
+    ) -> Iterator[Group]:
+        """Blocks of the needed (row, column) entries, longest first, in groups of bounded padded size.
+
+        Args:
+            chunk: the rows.
+            needed: (rows, K).
+            width: numbers of an entry.
+            elements: numbers of a group, at most, where it has several blocks.
+            even: blocks shorter than this share of a group's longest begin another group.
+        """
         classes = self.num_classes
         column, row = needed.T.nonzero(as_tuple=True)
         if len(row) == 0:
@@ -191,13 +223,13 @@ class MarginScan:
         first = counts.cumsum(0) - counts
         by_length = torch.argsort(counts, descending=True, stable=True)
         lengths = counts[by_length].tolist()
-        limit = max(1, _GROUP_ELEMENTS // max(1, width))
+        limit = max(1, elements // max(1, width))
         position = 0
         while position < len(lengths) and lengths[position] > 0:
             longest = lengths[position]
             size = max(1, limit // longest)
             block = by_length[position : position + size]
-            block = block[: sum(length > 0 for length in lengths[position : position + size])]
+            block = block[: sum(length > even * longest for length in lengths[position : position + size])]
             offset = torch.arange(longest, device=row.device)
             mask = offset < counts[block].unsqueeze(1)
             rows = row[first[block].unsqueeze(1) + torch.where(mask, offset, 0)]
@@ -254,12 +286,11 @@ class GroupPass:
             flat.index_add_(0, rows.view(-1), values[..., i * m : (i + 1) * m].reshape(-1, m))
 
     def store(self, values: Tensor, margins: Tensor) -> None:
-        """Write (G, B) into the (rows, K) matrix of margins."""
+        """Write (G, B) into the (rows, K) matrix of margins; what pads is written as the row that it repeats."""
         group = self.group
-        rows, columns = group.rows, group.columns.expand_as(group.rows)
         if group.mask is not None:
-            rows, columns, values = rows[group.mask], columns[group.mask], values[group.mask]
-        margins[rows, columns] = values
+            values = torch.where(group.mask, values, values[:, :1])
+        margins[group.rows, group.columns.expand_as(group.rows)] = values
 
     def load(self, matrix: Tensor) -> Tensor:
         """Read (G, B) from a (rows, K) matrix, zero where padded."""

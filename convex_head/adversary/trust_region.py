@@ -34,6 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from convex_head.adversary import ball_triton
+
 _MAX_NEWTON = 60
 
 
@@ -87,6 +89,10 @@ def minimise_blurred(eigenvalues: Tensor, gradient: Tensor, radius: float, blur:
     Shapes as in :func:`minimise_over_ball`; radius and blur are > 0. The value is at most blur * radius *
     sqrt(dimension) below the minimum over the ball.
     """
+    if gradient.is_cuda:
+        found = ball_triton.minimise_blurred(eigenvalues, gradient, radius, blur, dimension)
+        if found is not None:
+            return BallMinimum(*found)
     magnitude = (gradient.square() + blur**2).sqrt_()
     if dimension > gradient.shape[-1]:
         # The flat coordinates act as one.

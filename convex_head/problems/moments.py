@@ -14,7 +14,7 @@ from convex_head.problems.dual_rows import RowCollector
 from convex_head.rows import Chunk
 
 # Numbers of worst-case points made at once.
-_DENSE = 1 << 23
+_DENSE, _GPU_DENSE = 1 << 23, 1 << 28
 
 
 class MomentSums:
@@ -98,7 +98,8 @@ def add_step(
 ) -> None:
     """Add one group's worst cases, weighted (G, B), to the sums of a dual point, and where it is kept each of them."""
     group, bases = step.group_pass.group, step.group_pass.basis()
-    blocks = max(1, _DENSE // max(1, weights.shape[1] * chunk.x.shape[1]))
+    most = _DENSE if chunk.x.device.type == "cpu" else _GPU_DENSE
+    blocks = max(1, most // max(1, weights.shape[1] * chunk.x.shape[1]))
     for start in range(0, len(weights), blocks):
         part = slice(start, start + blocks)
         g, place = weights[part].nonzero(as_tuple=True)

@@ -53,6 +53,8 @@ _EXACT = 2 * SATISFIED
 # Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
 _BLUR_SHARE = 0.3
 _METRIC_ROWS = 4096
+# Rows of a chunk: what stays in a processor's cache, and what keeps a GPU busy.
+_CHUNK, _GPU_CHUNK = 4096, 1 << 16
 # Fewer rows are passed over so quickly that they are not worth the seconds which compiling takes, once a machine.
 _COMPILED_ROWS = 1000
 
@@ -81,7 +83,7 @@ class PolynomialProblem:
         loss: name of a margin loss.
         coefficients: (a, b, c) of the activation, a > 0.
         dtype: precision of the bulk computation; sums and factorisations are float64.
-        chunk_rows: rows processed together.
+        chunk_rows: rows processed together; None for what suits the device.
         mean, scale: (d,) standardisation of the features, applied chunk by chunk; None for none.
         stream: read the features anew in every pass instead of holding them (convex_head/rows.py).
         shard: the part of the rows that is held here, where several processes share them (convex_head/shards.py).
@@ -98,7 +100,7 @@ class PolynomialProblem:
         loss: str = "crammer_singer",
         coefficients: tuple[float, float, float] = (0.09, 0.5, 0.47),
         dtype: torch.dtype = torch.float64,
-        chunk_rows: int = 4096,
+        chunk_rows: int | None = None,
         mean: Tensor | None = None,
         scale: Tensor | None = None,
         stream: bool = False,
@@ -110,6 +112,7 @@ class PolynomialProblem:
         self.dtype = dtype
         self.shard = shard or Whole()
         self._loss = get_loss(loss)
+        chunk_rows = chunk_rows or (_CHUNK if labels.device.type == "cpu" else _GPU_CHUNK)
         self._use(
             Rows(features, labels, mean=mean, scale=scale, dtype=dtype, chunk_rows=chunk_rows, stream=stream),
             self.shard.total(len(labels)),

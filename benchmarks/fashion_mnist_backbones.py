@@ -95,7 +95,8 @@ def backbone(
     path = folder / f"{arch}-{recipe}-{seed}.json"
     if path.exists():
         card = json.loads(path.read_text(encoding="utf-8"))
-        if card["schedule"] == asdict(schedule) and card.get("rhos", list(RHOS)) == list(rhos):
+        same = recipe != "sam" or card.get("rhos", list(RHOS)) == list(rhos)
+        if card["schedule"] == asdict(schedule) and same:
             model = _fresh(arch, seed)
             model.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True, map_location="cpu"))
             return _ready(model.to(device)), card

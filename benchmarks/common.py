@@ -99,11 +99,12 @@ def arguments(
 
 
 def _given(extra: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    """The extra arguments that were given, as typed."""
+    """The extra arguments that were given, as typed, but for paths."""
     found = []
     for action in extra._actions:
         value = getattr(options, action.dest)
-        if value == action.default:
+        # Where things are kept is the machine's own.
+        if value == action.default or isinstance(value, Path):
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         found.append(" ".join([action.option_strings[0], *map(str, values)]))

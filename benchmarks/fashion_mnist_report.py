@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from statistics import fmean
+from textwrap import wrap
 from typing import Any
 
 from benchmarks.common import COLOURS, Column, Record, publish
@@ -231,7 +232,7 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
         axes[0, 0].plot([], [], linestyle="", label=head, **style)
     figure.supylabel("robust test accuracy, %", fontsize=10)
     label = "CPU seconds of the head, choice of its settings included (own: 0, at the left edge). Hollow: column apgd"
-    figure.supxlabel(label, fontsize=10)
+    figure.supxlabel("\n".join(wrap(label, 55 * wide)), fontsize=10)
     figure.legend(loc="outside upper center", ncols=6, fontsize=8)
 
 

@@ -31,6 +31,8 @@ PUBLISHED = (
     "fashion_mnist",
     "relu_patterns",
 )
+# What has no published results yet, with what its quick form needs beside the usual.
+UNPUBLISHED = {"gpu": ("--device", "cpu")}
 
 # Those that keep finished parts in a folder, which the test must give.
 KEEPING = ("fashion_mnist", "solvers", "relu_patterns")
@@ -73,6 +75,7 @@ def published(tmp_path_factory):
             if name in FASHION and not HAS_FASHION:
                 pytest.skip("Fashion-MNIST is not on this machine")
             extra = ["--folder", str(out)] if name in KEEPING else []
+            extra += UNPUBLISHED.get(name, ())
             if name == "solvers" and not HAS_FASHION:
                 extra += ["--only", "breast_cancer", "digits"]
             run(name, "--threads", "1", "--out", str(out), *extra)
@@ -82,7 +85,7 @@ def published(tmp_path_factory):
     return records_of
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", (*PUBLISHED, *UNPUBLISHED))
 def test_outputs(published, name):
     out = published(name)
     written = json.loads((out / "records.json").read_text())
@@ -123,6 +126,29 @@ def test_solvers_meet_at_the_reference(published):
         assert found[name]["dual"] <= 0.354804 * (1 + 1e-6) and found[name]["primal"] >= 0.354804 * (1 - 1e-5)
         assert abs(found[name]["above_reference"]) <= 1e-3
     assert found["penalty"]["gap"] > 1e-3 and found["penalty"]["margin_overstatement"] > 0
+
+
+def test_gpu_measures_passes_fits_and_agreement(published):
+    parts = {part: [] for part in ("pass", "agree", "fit")}
+    for record in records(published("gpu")):
+        parts[record["part"]].append(record)
+    for record in parts["pass"]:
+        assert record["device"] > 0 and record["cpu"] > 0 and record["products"] > 0 and record["reading"] > 0
+    # Here both devices are the processor, which rounds alike.
+    assert len(parts["agree"]) == 16 and all(record["difference"] == 0 for record in parts["agree"])
+    (fit,) = parts["fit"]
+    assert fit["gap"] <= fit["tol"] and fit["lower_bound"] <= fit["objective"]
+    assert fit["objective"] == pytest.approx(fit["cpu_objective"]) and fit["cpu"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_that_there_is_none(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import main
+    from convex_head.errors import InputError
+
+    with pytest.raises(InputError, match="found none"):
+        main(["--quick", "--out", "nowhere"])
 
 
 def test_solvers_record_losses_probes_and_accuracies(published):

@@ -123,17 +123,23 @@ def test_kernel_gives_the_blurred_minimum() -> None:
         assert error < 20 * eps
 
 
-def test_a_kernel_that_does_not_compile_is_done_without(monkeypatch, caplog) -> None:
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_kernel_that_does_not_work_is_done_without(monkeypatch, caplog, missing: bool) -> None:
     class Broken:
         @staticmethod
         def jit(function):
             raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(ball_triton, "triton", Broken)
+    def broken(name: str) -> type[Broken]:
+        if missing:
+            raise ImportError("no Triton here")
+        return Broken
+
+    monkeypatch.setattr(ball_triton.importlib, "import_module", broken)
     ball_triton.kernel.cache_clear()
-    assert ball_triton.kernel() is None
-    assert "no compiler here" in caplog.text
+    found = ball_triton.kernel()
     ball_triton.kernel.cache_clear()
+    assert found is None and ("no Triton here" if missing else "no compiler here") in caplog.text
 
 
 def test_forms_are_factored_in_threads_alike(monkeypatch) -> None:

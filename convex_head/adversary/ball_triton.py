@@ -8,19 +8,16 @@ no compiler to build its launcher with, :func:`kernel` is None and the reference
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING or importlib.util.find_spec("triton") is None:
-    triton: Any = None
-    tl: Any = None
-else:
-    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+# Imported when a GPU first asks for them: that takes a while, and few need it.
+triton: Any = None
+tl: Any = None
 
 # Numbers of a tile, at most, where it has several rows.
 _TILE = 2048
@@ -80,12 +77,11 @@ def _blurred(  # type: ignore[no-untyped-def]
 @cache
 def kernel() -> Any:
     """The compiled kernel; None where there is no Triton, or it does not work."""
-    if triton is None:
-        return None
+    global triton, tl
     try:
+        triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
         found = triton.jit(_blurred)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        one = torch.ones(1, 1, 2, device=device)
+        one = torch.ones(1, 1, 2, device="cuda" if torch.cuda.is_available() else "cpu")
         _launch(found, one[0], one, 1.0, 0.1, 3)
     except Exception as fault:  # whatever a compiler can raise: the reference does the same, if slower
         logging.getLogger(__name__).warning("Triton does not work here, worst cases take longer: %s", fault)

@@ -92,11 +92,11 @@ def backbone(
 ) -> tuple[PreActResNet, dict[str, Any]]:
     """The trained network in evaluation mode, frozen, and its card of costs; from ``folder`` where it is finished."""
     schedule = schedule or Schedule()
-    path = folder / f"{arch}-{recipe}-{seed}.json"
+    chosen = "" if recipe != "sam" or tuple(rhos) == RHOS else "-rho" + "-".join(f"{rho:g}" for rho in rhos)
+    path = folder / f"{arch}-{recipe}{chosen}-{seed}.json"
     if path.exists():
         card = json.loads(path.read_text(encoding="utf-8"))
-        same = recipe != "sam" or card.get("rhos", list(RHOS)) == list(rhos)
-        if card["schedule"] == asdict(schedule) and same:
+        if card["schedule"] == asdict(schedule):
             model = _fresh(arch, seed)
             model.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True, map_location="cpu"))
             return _ready(model.to(device)), card

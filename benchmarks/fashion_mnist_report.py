@@ -69,6 +69,10 @@ def flat(record: EvalRecord) -> Record:
         "evaluation_seconds": record.seconds,
         "load_average": card["load_average"],
         "commit": record.commit,
+        # Of the evaluation; a report may be made on another machine.
+        "batch_size": record.batch_size,
+        **{name: record.hardware.get(name) for name in ("device", "device_name", "processor", "cpus")},
+        "torch": record.versions.get("torch"),
     }
 
 

@@ -1,5 +1,6 @@
 """The report of the Fashion-MNIST suite, from made-up records: pairs, means over seeds, networks of several sizes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,14 @@ def made(head, seed, marks, arch="tiny"):
             "backbone_card": {**cost, "recipe": {}},
         },
     )
+
+
+def test_measurements_name_the_machine_that_made_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.fashion_mnist_report import flat
+
+    hardware = {"device": "cuda", "device_name": "a GPU", "processor": "a processor", "cpus": 16}
+    record = replace(made("own", 0, "11110000"), hardware=hardware, versions={"torch": "2.11.0"}, batch_size=1000)
+    found = flat(record)
+    assert {name: found[name] for name in hardware} == hardware
+    assert found["torch"] == "2.11.0" and found["batch_size"] == 1000

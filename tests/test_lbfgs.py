@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from convex_head.solvers import curvature
 from convex_head.solvers.lbfgs import Corrections, minimise
 
 SCALES = torch.logspace(0, 3, 30, dtype=torch.float64)
@@ -128,3 +129,14 @@ def test_directions_are_those_of_the_two_loop_recursion(count: int) -> None:
 
 def test_without_pairs_the_direction_is_that_of_the_metric() -> None:
     assert torch.equal(Corrections().direction(SCALES, lambda x: 3 * x), -3 * SCALES)
+
+
+def test_pairs_of_large_networks_are_not_carried_over(monkeypatch) -> None:
+    pairs = Corrections.of([torch.ones(1, 2, 3)], [torch.ones(1, 2, 3)])
+    alive, keep = torch.ones(1, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    memory = curvature.CurvatureMemory()
+    memory.store(pairs, alive, keep)
+    assert len(memory.steps) == len(memory.changes) == 1
+    monkeypatch.setattr(curvature, "_LIMIT", 1)
+    memory.store(pairs, alive, keep)
+    assert not memory.steps and not memory.changes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,11 +26,12 @@ _TILE = 2048
 
 # No annotations: Triton reads them.
 def _blurred(  # type: ignore[no-untyped-def]
-    gradient, eigenvalues, settings, value, multiplier, e, spread, rows, k, K: tl.constexpr, R: tl.constexpr
+    gradient, eigenvalues, settings, value, multiplier, e, spread, rows, k, tiles, K: tl.constexpr, R: tl.constexpr
 ):
-    """One tile: R rows of block program_id(0), in K >= k coordinates."""
-    block = tl.program_id(0).to(tl.int64)
-    i, j = tl.program_id(1) * R + tl.arange(0, R), tl.arange(0, K)
+    """One tile: R rows of a block, which has so many ``tiles``, in K >= k coordinates."""
+    number = tl.program_id(0)
+    block = (number // tiles).to(tl.int64)
+    i, j = (number % tiles) * R + tl.arange(0, R), tl.arange(0, K)
     radius, blur, flat = tl.load(settings), tl.load(settings + 1), tl.load(settings + 2)
     tol, tiny, most = tl.load(settings + 3), tl.load(settings + 4), tl.load(settings + 5)
     curved = j < k
@@ -80,7 +82,8 @@ def kernel() -> Any:
     global triton, tl
     try:
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
-        found = triton.jit(_blurred)
+        # Compiled once a width, whatever the numbers of rows are divisible by.
+        found = triton.jit(_blurred, do_not_specialize=["rows", "k", "tiles"])
         one = torch.ones(1, 1, 2, device="cuda" if torch.cuda.is_available() else "cpu")
         _launch(found, one[0], one, 1.0, 0.1, 3)
     except Exception as fault:  # whatever a compiler can raise: the reference does the same, if slower
@@ -111,11 +114,13 @@ def _launch(
     information = torch.finfo(gradient.dtype)
     numbers = [radius, blur, blur * (dimension - k) ** 0.5, 4 * information.eps, information.tiny**0.5, information.max]
     settings = torch.tensor(numbers, dtype=gradient.dtype, device=gradient.device)
-    value, multiplier = gradient.new_empty(2, blocks, rows)
+    value, multiplier = (gradient.new_empty(blocks, rows) for _ in range(2))
     e, spread = (gradient.new_empty(gradient.shape) for _ in range(2))
     wide = triton.next_power_of_2(k)
     high = max(1, _TILE // wide)
-    grid = (blocks, triton.cdiv(rows, high))
-    arguments = (gradient.contiguous(), eigenvalues.contiguous(), settings, value, multiplier, e, spread, rows, k)
-    found[grid](*arguments, K=wide, R=high)
+    tiles = triton.cdiv(rows, high)
+    given = gradient.contiguous(), eigenvalues.contiguous(), settings
+    # Triton launches on the device that is current, not on that of its arguments.
+    with torch.cuda.device(gradient.device) if gradient.is_cuda else nullcontext():
+        found[(blocks * tiles,)](*given, value, multiplier, e, spread, rows, k, tiles, K=wide, R=high)
     return value, multiplier, e, spread

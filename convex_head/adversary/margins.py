@@ -25,7 +25,8 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from convex_head.problems.base import Network
 _EAGER_FORMS = 1100
 _NULL = 1e-13
 _TOGETHER = 32
-# Share of a neuron's square that those before it leave, below which they are taken as dependent.
+# Share of a neuron's square that the others leave, below which they are taken as dependent.
 _DEPENDENT = 1e-8
 
 
@@ -176,7 +177,7 @@ class Screen:
         """Factor the products (F, m, m) of every function's neurons, in float64."""
         a, b, c = coefficients
         beta, nu = packed.signs.double(), packed.nu.double()
-        eigenvalues, y = torch.linalg.eigh(gram)
+        eigenvalues, y = _eigh(gram)
         factor = y * eigenvalues.clamp_min(0).sqrt().unsqueeze(-2)
         parts = (
             a * beta.unsqueeze(-1),
@@ -286,13 +287,14 @@ def _root(gram: Tensor, rank: int, alive: Tensor) -> tuple[Tensor, Tensor]:
     """
     size = gram.shape[-1]
     if rank == size:
-        square = torch.diagonal(gram, dim1=-2, dim2=-1)
         # Neurons that pad are made unit vectors of their own: nothing of them enters a form.
         lower, fault = torch.linalg.cholesky_ex(gram + torch.diag_embed((~alive).to(gram.dtype)))
-        left = torch.diagonal(lower, dim1=-2, dim2=-1).square()
-        if bool((fault == 0).all() & ((left > _DEPENDENT * square) | ~alive).all()):
-            one = torch.eye(size, dtype=gram.dtype, device=gram.device)
-            return lower, torch.linalg.solve_triangular(lower.mT, one, upper=True)
+        one = torch.eye(size, dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.solve_triangular(lower.mT, one, upper=True)
+        # What the others leave of a neuron's square is 1 / (gram^-1)_jj.
+        left = inverse.square().sum(-1) * torch.diagonal(gram, dim1=-2, dim2=-1)
+        if bool((fault == 0).all() & ((_DEPENDENT * left < 1) & (left > 0) | ~alive).all()):
+            return lower, inverse
     square, w = _eigh(gram)
     # Eigenvalues ascend.
     square, w = square[:, -rank:].clamp_min(0), w[:, :, -rank:]
@@ -318,11 +320,27 @@ def _in_threads(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
+@cache
 def _threads() -> int:
-    return min(32, os.cpu_count() or 1)
+    """Processors of this process, shared with those that torchrun started beside it."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(32, mine // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    # Each with a thread of its own: linear algebra in threads that share theirs is no faster than in one.
-    return ThreadPoolExecutor(_threads(), initializer=partial(torch.set_num_threads, 1))
+    """Threads that share no threads of torch with each other: linear algebra that does is no faster than in one."""
+    count, before = _threads(), torch.get_num_threads()
+    started = Barrier(count + 1)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, initializer=alone)
+    for _ in range(count):
+        pool.submit(int)
+    started.wait()
+    # It is also what threads that start later get.
+    torch.set_num_threads(before)
+    return pool

@@ -9,8 +9,8 @@ more; the others are solved exactly, those of one label and class together becau
 groups that fit the cache. Projections tau = V x are one matrix product a chunk; the rest lives in the span of the
 neurons.
 
-On a GPU all margins are solved, in groups that are made once for a data set: there arithmetic is cheap, and to learn
-which margins are needed the device would have to be waited for.
+On a GPU all margins are solved, in groups that are made once for a data set, unless forms are many: there arithmetic is
+cheap, and to learn which margins are needed the device would have to be waited for.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from convex_head.rows import Chunk, Rows
 # A margin from here on costs nothing under any loss (problems/losses.py).
 SATISFIED = 1.0
 _GROUP_ELEMENTS = 1 << 16
-# On a GPU, where a group costs its launches. Blocks shorter than this share of their group's longest form another.
-_GPU_GROUP_ELEMENTS = 1 << 26
+# On a GPU, where a group costs its launches; where forms are many, each has factors as well.
+_GPU_GROUP_ELEMENTS, _GPU_GROUP_OF_MANY = 1 << 26, 1 << 20
+# Dense blocks shorter than this share of their group's longest form another.
 _EVEN = 0.5
+# Margins of all rows, at most, whose dense groups are kept.
+_KEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class MarginScan:
         self.num_margins = 1 if num_classes == 2 else num_classes - int(self.pairwise)
         self.forms = Forms.build(num_classes, self.pairwise, rows.device)
         self.table_form, self.table_sign, self.rival = self._tables()
-        self.is_dense = rows.device.type != "cpu" and not self.forms.are_many()
+        on_gpu = rows.device.type != "cpu"
+        self.is_dense = on_gpu and not self.forms.are_many()
+        self._elements = _GPU_GROUP_OF_MANY if on_gpu else _GROUP_ELEMENTS
         self._kept: dict[int, tuple[int, list[Group]]] = {}
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +163,8 @@ class MarginScan:
         """Write the exact worst cases of the needed (rows, K) entries, None for all, into ``margins``; return steps."""
         steps = []
         width = spectra.width
-        for group in self._all_groups(chunk, width) if needed is None else self.groups(chunk, needed, width):
+        groups = self._all_groups(chunk, width) if needed is None else self.groups(chunk, needed, width, self._elements)
+        for group in groups:
             group_pass = GroupPass(group, spectra)
             centre = group_pass.gather(tau)
             value, gradient = group_pass.quadratic(centre)
@@ -192,12 +198,13 @@ class MarginScan:
         )
 
     def _all_groups(self, chunk: Chunk, width: int) -> list[Group]:
-        """The groups of all entries, kept until their width changes."""
+        """The groups of all entries; where they are few enough they are kept until their width changes."""
         kept = self._kept.get(chunk.rows.start)
         if kept is None or kept[0] != width:
             whole = torch.ones(len(chunk.x), self.num_margins, dtype=torch.bool, device=chunk.x.device)
             kept = width, list(self.groups(chunk, whole, width, _GPU_GROUP_ELEMENTS, _EVEN))
-            self._kept[chunk.rows.start] = kept
+            if not self.rows.stream and self.rows.n * self.num_margins <= _KEPT:
+                self._kept[chunk.rows.start] = kept
         return kept[1]
 
     def groups(

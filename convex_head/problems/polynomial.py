@@ -53,8 +53,8 @@ _EXACT = 2 * SATISFIED
 # Larger shares smooth more and bias more; 0.1 to 1 solve the same problems at about the same cost.
 _BLUR_SHARE = 0.3
 _METRIC_ROWS = 4096
-# Rows of a chunk: what stays in a processor's cache, and what keeps a GPU busy.
-_CHUNK, _GPU_CHUNK = 4096, 1 << 16
+# Rows of a chunk: what stays in a processor's cache; what keeps a GPU busy, and margins of them at most.
+_CHUNK, _GPU_CHUNK, _GPU_MARGINS = 4096, 1 << 16, 1 << 21
 # Fewer rows are passed over so quickly that they are not worth the seconds which compiling takes, once a machine.
 _COMPILED_ROWS = 1000
 
@@ -112,7 +112,8 @@ class PolynomialProblem:
         self.dtype = dtype
         self.shard = shard or Whole()
         self._loss = get_loss(loss)
-        chunk_rows = chunk_rows or (_CHUNK if labels.device.type == "cpu" else _GPU_CHUNK)
+        on_gpu = min(_GPU_CHUNK, max(1, _GPU_MARGINS // num_classes))
+        chunk_rows = chunk_rows or (_CHUNK if labels.device.type == "cpu" else on_gpu)
         self._use(
             Rows(features, labels, mean=mean, scale=scale, dtype=dtype, chunk_rows=chunk_rows, stream=stream),
             self.shard.total(len(labels)),

@@ -9,8 +9,8 @@ benchmarks/fashion_mnist (rho 0.2, seed 0; trained first where ``--folder`` has 
     pass    one evaluation of objective and gradient (worst cases of all examples against all classes) in float32, at
             random networks: their margins are all at work. Floors, measured in the same run: the two products with the
             data that a pass cannot do without, and the time in which the device reads the data twice.
-    fit     ConvexRobustHead.fit to a certified gap; the clock starts with features on the device, after a small fit; kernels of
-            widths that it did not meet are compiled inside.
+    fit     ConvexRobustHead.fit to a certified gap; the clock starts with features on the device, after a small fit;
+            kernels of widths that it did not meet are compiled inside.
     agree   the same numbers from both devices: of one pass and of its lower bound, in float64 and float32.
 """
 

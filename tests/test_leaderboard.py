@@ -99,7 +99,9 @@ def test_published_commands_ask_for_their_entries(monkeypatch):
             assert [program, *words[:2]] == ["python", "-m", "benchmarks.fashion_mnist"]
             _, plan = parsed(words[2:])
             cell = Cell(**record.metadata["cell"])
-            assert (cell.model, cell.threat, plan.n) == (record.name, record.threat, record.n)
+            # Networks that were trained again on another processor (benchmarks/README.md) have names of their own.
+            again = "-retrained" if record.name.endswith("-retrained") else ""
+            assert (cell.model + again, cell.threat, plan.n) == (record.name, record.threat, record.n)
             cells = list(plan.cells())
             if "--eps" in words:
                 assert cells == [cell]

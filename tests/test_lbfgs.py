@@ -88,7 +88,8 @@ def test_a_step_that_overshoots_within_rounding_is_shortened() -> None:
     settings = {"stop": lambda: False, "metric": lambda x: 3e12 * x, "max_evaluations": 30, "noise": 1e-6}
     start = torch.ones(1, dtype=torch.float64)
     # A pair of another function: without one the first step is as long as the value, not as the metric.
-    pairs = Corrections.of([torch.ones(1)], [torch.full((1,), 1e-12 / 3)])
+    pairs = Corrections()
+    pairs.append(torch.ones(1), torch.full((1,), 1e-12 / 3))
     minimise(objective, start, converged=converged, pairs=pairs, **settings)
     assert max(kept) == 1 and kept[-1] < 1e-3
 
@@ -132,7 +133,8 @@ def test_without_pairs_the_direction_is_that_of_the_metric() -> None:
 
 
 def test_pairs_of_large_networks_are_not_carried_over(monkeypatch) -> None:
-    pairs = Corrections.of([torch.ones(1, 2, 3)], [torch.ones(1, 2, 3)])
+    pairs = Corrections()
+    pairs.append(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
     alive, keep = torch.ones(1, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
     memory = curvature.CurvatureMemory()
     memory.store(pairs, alive, keep)

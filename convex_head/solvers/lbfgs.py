@@ -39,14 +39,6 @@ class Corrections:
         self.memory = memory
         self.clear()
 
-    @staticmethod
-    def of(steps: list[Tensor], changes: list[Tensor], memory: int = MEMORY) -> Corrections:
-        """The pairs of positive curvature among these, oldest first."""
-        found = Corrections(memory)
-        for step, change in zip(steps, changes, strict=True):
-            found.append(step, change)
-        return found
-
     def clear(self) -> None:
         """Forget all pairs."""
         self._count, self._first = 0, 0

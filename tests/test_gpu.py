@@ -181,6 +181,21 @@ def test_threads_are_shared_with_the_ranks_beside(monkeypatch) -> None:
     margins._threads.cache_clear()
 
 
+def test_each_form_is_factored_by_what_suits_it(monkeypatch) -> None:
+    """An eigendecomposition for those with dependent neurons alone, and the same factors as by themselves."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(3, 4, 9, generator=generator, dtype=torch.float64)
+    v[1, 2] = v[1, 0]
+    gram, alive, seen = v @ v.mT, torch.ones(3, 4, dtype=torch.bool), []
+    alone = [margins._root(gram[i : i + 1], 4, alive[i : i + 1]) for i in range(3)]
+    monkeypatch.setattr(margins, "_eigh", lambda matrices: (seen.append(len(matrices)), torch.linalg.eigh(matrices))[1])
+    found = margins._root(gram, 4, alive)
+    assert seen == [1]
+    for i, parts in enumerate(alone):
+        for one, other in zip(found, parts, strict=True):
+            torch.testing.assert_close(one[i], other[0])
+
+
 @pytest.mark.parametrize("kind", ["independent", "padded", "equal", "ill-conditioned"])
 def test_factors_of_neurons_are_orthonormal_whatever_depends(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)

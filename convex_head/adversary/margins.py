@@ -286,17 +286,24 @@ def _root(gram: Tensor, rank: int, alive: Tensor) -> tuple[Tensor, Tensor]:
         alive: (G, K) False where a neuron only pads.
     """
     size = gram.shape[-1]
-    if rank == size:
-        # Neurons that pad are made unit vectors of their own: nothing of them enters a form.
-        lower, fault = torch.linalg.cholesky_ex(gram + torch.diag_embed((~alive).to(gram.dtype)))
-        one = torch.eye(size, dtype=gram.dtype, device=gram.device)
-        inverse = torch.linalg.solve_triangular(lower.mT, one, upper=True)
-        # What the others leave of a neuron's square is 1 / (gram^-1)_jj.
-        left = inverse.square().sum(-1) * torch.diagonal(gram, dim1=-2, dim2=-1)
-        if bool((fault == 0).all() & ((_DEPENDENT * left < 1) & (left > 0) | ~alive).all()):
-            return lower, inverse
+    if rank < size:
+        return _spectral_root(gram, rank)
+    # Neurons that pad are made unit vectors of their own: nothing of them enters a form.
+    root, fault = torch.linalg.cholesky_ex(gram + torch.diag_embed((~alive).to(gram.dtype)))
+    one = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(root.mT, one, upper=True)
+    # What the others leave of a neuron's square is 1 / (gram^-1)_jj.
+    left = inverse.square().sum(-1) * torch.diagonal(gram, dim1=-2, dim2=-1)
+    independent = (fault == 0) & ((_DEPENDENT * left < 1) & (left > 0) | ~alive).all(-1)
+    others = (~independent).nonzero().squeeze(1)
+    if len(others):
+        root[others], inverse[others] = _spectral_root(gram[others], rank)
+    return root, inverse
+
+
+def _spectral_root(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """:func:`_root` by an eigendecomposition, whose eigenvalues ascend."""
     square, w = _eigh(gram)
-    # Eigenvalues ascend.
     square, w = square[:, -rank:].clamp_min(0), w[:, :, -rank:]
     root = square.sqrt()
     kept = square > _NULL * square[:, -1:]

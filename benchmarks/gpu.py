@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     title = f"The solver on {options.device}, n = {len(x)}, d = {x.shape[1]}, C = 10"
     records: list[Record] = []
     given = (x, y, size, options.device, say)
-    # Written part by part, because a lent GPU may go before the end.
+    # Written part by part: what is measured is kept when the run is stopped.
     for part in (passes, agreement, fits):
         records += [{**record, **shape} for record in part(*given)]
         publish(options, title, records, rows_of(records), COLUMNS, partial(draw, records=list(records)))

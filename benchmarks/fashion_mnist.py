@@ -185,8 +185,7 @@ def measure(plan: Plan, cell: Cell, folder: Path) -> EvalRecord:
     path = folder / "records" / cell.file
     if path.exists():
         found = EvalRecord.load(path)
-        same = (found.metadata["key"], found.n, found.batch_size) == (plan.model_key(), plan.n, plan.batch_size)
-        if same:
+        if (found.metadata["key"], found.n, found.batch_size) == (plan.model_key(), plan.n, plan.batch_size):
             return found
     model, card = build(plan, cell, folder)
     # Another plan's progress is not this cell's: evaluate would refuse it.

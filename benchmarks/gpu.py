@@ -52,6 +52,7 @@ class Size:
         fits: (loss, reg, gap, also on the processor).
         agree: rows of the comparison.
         repeats: of passes.
+        max_seconds: of a fit.
     """
 
     neurons: tuple[int, ...]
@@ -196,21 +197,24 @@ def fits(x: Tensor, y: Tensor, size: Size, device: str, say: Callable[[str], Non
     return found
 
 
+def numbers_of(p: PolynomialProblem, network: Any) -> list[Tensor]:
+    """Smoothed objective, gradient, objective and lower bound at a network; float64, on the processor."""
+    packed = p.pack(p.check_start(network))
+    at, report = p.evaluate(packed, MU, p.blur(MU)), p.dual_point(packed, MU, p.blur(MU))
+    values = (at.smoothed, at.gradient, report.primal, p.oracle(report.point).dual)
+    return [torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values]
+
+
 def agreement(x: Tensor, y: Tensor, size: Size, device: str, say: Callable[[str], None]) -> list[Record]:
     """Relative differences of what both devices compute."""
     found = []
     for loss in LOSSES:
         for dtype in (torch.float64, torch.float32):
             numbers, rows = [], size.agree
+            network = problem(x[:rows].cpu(), y[:rows].cpu(), loss, dtype).random_network(8, 0)
             for place in (device, "cpu"):
                 p = problem(x[:rows].to(place), y[:rows].to(place), loss, dtype)
-                network = problem(x[:rows].cpu(), y[:rows].cpu(), loss, dtype).random_network(8, 0)
-                packed = p.pack(p.check_start(network))
-                at = p.evaluate(packed, MU, p.blur(MU))
-                report = p.dual_point(packed, MU, p.blur(MU))
-                dual = torch.tensor(p.oracle(report.point).dual)
-                values = (torch.tensor(at.smoothed), at.gradient, torch.tensor(report.primal), dual)
-                numbers.append([value.cpu().double() for value in values])
+                numbers.append(numbers_of(p, network))
             for name, one, other in zip(("smoothed", "gradient", "objective", "bound"), *numbers, strict=True):
                 record = {"part": "agree", "task": f"{loss}, {name}, {dtype}".replace("torch.", ""), "loss": loss}
                 difference = float((one - other).norm() / other.norm().clamp_min(1e-300))

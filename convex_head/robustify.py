@@ -140,7 +140,7 @@ def robustify(
         return head.fit(x, y, tol=aim, max_seconds=max_seconds, progress=False, seed=seed, start=start)
 
     def validated(head: ConvexRobustHead, number: int) -> Candidate:
-        clean, robust = pgd_accuracy(splice(head), images[held_out].to(device), labels[held_out], threat)
+        clean, robust = pgd_accuracy(splice(head), images[held_out], labels[held_out], threat)
         assert head.result_ is not None
         after = f", round {number}" if number else ""
         say(f"radius {head.radius:g}, reg {head.reg:g}{after}: validation clean {clean:.3f}, robust {robust:.3f}")

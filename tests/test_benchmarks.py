@@ -141,6 +141,22 @@ def test_gpu_measures_passes_fits_and_agreement(published):
     assert fit["objective"] == pytest.approx(fit["cpu_objective"]) and fit["cpu"] > 0
 
 
+def test_gpu_compares_in_double_precision(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu import MU, numbers_of, problem
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=generator, dtype=torch.float64), torch.arange(60) % 10
+    p = problem(x, y, "crammer_singer", torch.float64)
+    network = p.random_network(2, 0)
+    smoothed, gradient, objective, bound = numbers_of(p, network)
+    packed = p.pack(network)
+    expected = p.evaluate(packed, MU, p.blur(MU))
+    assert float(smoothed) == expected.smoothed and torch.equal(gradient, expected.gradient)
+    assert float(smoothed) != float(smoothed.float()), "the number would not tell single from double precision"
+    assert float(objective) == p.dual_point(packed, MU, p.blur(MU)).primal and bound < objective
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_says_that_there_is_none(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from convex_head.problems.base import Network
 
-# Above this many forms (46 classes in pairs) factors are made when asked for, because each holds K x k numbers.
+# Above this many forms (47 classes in pairs) factors are made when asked for, because each holds K x k numbers.
 _EAGER_FORMS = 1100
 _NULL = 1e-13
 _TOGETHER = 32

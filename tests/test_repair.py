@@ -14,6 +14,14 @@ from convex_head.solvers.column_generation import ColumnGeneration
 from convex_head.solvers.sdp import build
 
 
+def clusters(n: int, d: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, d, generator=generator, dtype=torch.float64)
+    x = centres[labels] + torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return (x - x.mean(0)) / x.std(0), labels
+
+
 def case(loss: str, radius: float) -> tuple[PolynomialProblem, float]:
     features, labels = load_iris(return_X_y=True)
     chosen = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:24].numpy()
@@ -41,6 +49,20 @@ def test_a_repaired_bound_is_better_and_still_a_bound(loss: str, radius: float) 
         assert answer.dual <= better.dual <= optimum + 1e-6
         gained = max(gained, better.dual - answer.dual)
     assert gained > 1e-3 * optimum
+
+
+@pytest.mark.filterwarnings("ignore::convex_head.errors.ConvergenceWarning")
+def test_a_bound_that_is_far_off_is_repaired_where_the_time_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred classes with one neuron each the worst one scales the slopes of all down."""
+    x, y = clusters(1000, 24, 100)
+    problem = PolynomialProblem(x, y, num_classes=100, radius=0.25, reg=0.001)
+    answers, repaired = [], problem.repair
+    monkeypatch.setattr(problem, "repair", lambda *args: (answers.append(args[2]), repaired(*args))[1])
+    network = ColumnGeneration(neurons=1, max_iterations=1, inner_evaluations=30).solve(problem, tol=0.05).network
+    assert not answers
+    result = ColumnGeneration().solve(problem, tol=0.05, start=network, max_seconds=1e-6)
+    assert [float(answer.bounds.amax()) > 4 * problem.reg for answer in answers] == [True]
+    assert 1.5 * answers[0].dual < result.dual < result.primal
 
 
 def test_rows_give_the_moments_of_their_pass() -> None:

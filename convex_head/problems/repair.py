@@ -40,8 +40,6 @@ _PULL = 1e-2
 # Neurons of less weight than this share of the largest are no constraint; those of the oracle count from here on.
 _SMALL = 1e-2
 _NEAR = 0.98
-# The bound is not worth repairing where the worst neuron is this many times reg.
-_FAR = 4.0
 
 
 class _Stationarity:
@@ -103,8 +101,6 @@ def repaired(
         n: examples of all processes.
         aim: a bound that is good enough.
     """
-    if float(answer.bounds.amax()) > _FAR * reg:
-        return answer
     dtype = rows.points.dtype
     layout = RowLayout(rows, len(packed.signs))
     norm = packed.nu

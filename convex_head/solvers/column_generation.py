@@ -63,8 +63,9 @@ _SMOOTHING_AIM = 0.5
 _SETTLING = 0.5
 # A path goes on with a width so many times that of the head before.
 _REOPEN = 1.5
-# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol, and at the end.
-_REPAIR_SHARE = 3.0
+# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol and the worst
+# neuron is not further from the bound than this many times reg; where the time is out, in any case.
+_REPAIR_SHARE, _REPAIR_WORST = 3.0, 4.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -247,6 +248,7 @@ class ColumnGeneration(Solver):
         run.multipliers = problem.multipliers(report.slopes, mu)
         answer = problem.oracle(report.point)
         is_close = report.smoothing <= _REPAIR_SHARE * run.tol * report.primal
+        is_close = is_close and float(answer.bounds.amax()) <= _REPAIR_WORST * problem.reg
         if report.rows is not None and (is_close or run.out_of_time()):
             answer = problem.repair(report.rows, packed, answer, (1 - run.tol) * min(run.primal, report.primal))
         scaled = replace(network, weights=network.weights * report.scale)

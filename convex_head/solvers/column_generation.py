@@ -4,7 +4,8 @@ Repeat: minimise the smoothed problem over the neurons that the network has (L-B
 which the problem is smooth and unconstrained), read slopes and worst-case points off that minimum, ask the exact
 oracle for the best neuron anywhere on the sphere, and either stop - its value proves that no wider network is
 better - or go on: with a narrower smoothing where smoothing makes the gap, with the oracle's neurons added where a
-missing neuron does. Neurons that have shrunk to nothing are dropped. Smoothing is centred on the slopes of the last
+missing neuron does. Neurons that have shrunk to nothing are dropped, those that have become nearly the same made one
+(solvers/merging.py): what is left is a fraction, and passes cost less. Smoothing is centred on the slopes of the last
 minimum (problems/multipliers.py), so that its width needs to shrink far less than the gap.
 
 The inner problem is blurred in proportion to the smoothing width (adversary/trust_region.py), because its worst-case
@@ -34,13 +35,14 @@ from convex_head.problems.base import Network
 from convex_head.problems.dual import DualReport, OracleAnswer
 from convex_head.solvers.base import Run, Solver
 from convex_head.solvers.curvature import CurvatureMemory
-from convex_head.solvers.lbfgs import minimise
+from convex_head.solvers.lbfgs import Corrections, minimise
+from convex_head.solvers.merging import merging
 
 _FIRST_WIDTH = 0.3
 # With many classes more margins of an example lie within the width, and each costs a worst case.
 _FIRST_WIDTH_OF_MANY = 0.1
 _NEURONS = 8
-_ALL_NEURONS = 96
+_ALL_NEURONS = 40
 _MANY = 96
 _WARM_WIDTHS = 6
 _SHRINK = 0.3
@@ -54,6 +56,9 @@ _DEAD = 1e-8
 _EQUAL = 1e-9
 _STALL_ITERATIONS = 12
 _STALL_PROGRESS = 0.02
+# Neurons that differ by this share of tol are one (solvers/merging.py), where a search goes on by the second share. It
+# stops for that if its network is so much narrower then, and looks every so many evaluations.
+_SAME, _NEARLY_SAME, _NARROWER, _LOOK = 0.01, 0.1, 0.8, 25
 # Accuracy of the first inner minimisations: this many times tol, within these.
 _FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 3.0, 0.03, 0.1
 # Smoothing may keep this share of tol open; where it keeps more, its width is set for the second share at most.
@@ -103,7 +108,7 @@ class ColumnGeneration(Solver):
 
     Args:
         neurons: neurons of each sign and function to start from, and to add in a round at most; None for 8, and fewer
-            from 13 functions on, because a pair of classes costs the cube of its neurons in every pass.
+            from 6 functions on, because a pair of classes costs the cube of its neurons in every pass.
         max_iterations: bound on outer iterations.
         inner_evaluations: bound on evaluations of one inner minimisation.
     """
@@ -257,17 +262,30 @@ class ColumnGeneration(Solver):
 
     def _correct(self, problem: Any, state: _State, run: Run, most: int) -> bool:
         """Minimise the smoothed problem over the neurons of the network; returns whether to the state's accuracy."""
-        reached = False
+        left = most
+        while True:
+            before = run.extra["evaluations"]
+            reached, narrower = self._search(problem, state, run, left)
+            left -= run.extra["evaluations"] - before
+            if not narrower or left <= 0 or run.out_of_time():
+                return reached
+
+    def _search(self, problem: Any, state: _State, run: Run, most: int) -> tuple[bool, bool]:
+        """One search of :meth:`_correct`: whether it has converged, and whether it stopped for a narrower network."""
+        reached = narrower = False
         network, mu, accuracy, centre = state.network, state.mu, state.accuracy, state.centre
         blur = problem.blur(mu)
         packed = problem.pack(network)
+        done, looked, width = 0, 0, packed.signs.shape[1]
 
         def objective(vectors: Tensor) -> tuple[float, Tensor]:
+            nonlocal done
             point = problem.evaluate(PackedNetwork.of(vectors, packed.signs), mu, blur, centre)
+            done += 1
             return point.smoothed, point.gradient
 
         def converged(vectors: Tensor, gradient: Tensor) -> bool:
-            nonlocal reached
+            nonlocal reached, looked, narrower
             scale = 2 * problem.reg
             square = vectors.square().sum(-1)
             if float(square.sum()) < _ZERO:
@@ -276,7 +294,11 @@ class ColumnGeneration(Solver):
             growth = -(vectors * gradient).sum(-1) / square.clamp_min(1e-30)
             stationary = float(gradient.norm()) <= accuracy * scale * float(square.sum().sqrt())
             reached = stationary and float(growth.amax()) <= accuracy * scale
-            return reached
+            if not reached and done >= looked + _LOOK:
+                looked = done
+                merged = merging(PackedNetwork.of(vectors, packed.signs), _NEARLY_SAME * run.tol)
+                narrower = int((merged.signs != 0).sum(1).amax()) <= _NARROWER * width
+            return reached or narrower
 
         pairs = self._memory.packed(packed, network)
         vectors, evaluations = minimise(
@@ -290,12 +312,16 @@ class ColumnGeneration(Solver):
             noise=torch.finfo(problem.dtype).eps,
         )
         run.extra["evaluations"] += evaluations
-        after = PackedNetwork.of(vectors, packed.signs).unpack()
+        nearness = _NEARLY_SAME if narrower else _SAME
+        merged = merging(PackedNetwork.of(vectors, packed.signs), nearness * run.tol)
+        if merged.gone:
+            pairs = Corrections.of((merged.rows(step), merged.rows(change)) for step, change in pairs)
+        after = merged.network().unpack()
         keep = after.weights.abs() > _DEAD * after.norm
-        alive = (vectors.norm(dim=-1) > 0) & (packed.signs != 0)
+        alive = (merged.vectors.norm(dim=-1) > 0) & (merged.signs != 0)
         self._memory.store(pairs, alive, keep)
         state.network = Network(after.directions[keep], after.weights[keep], after.function[keep])
-        return reached
+        return reached, narrower
 
     def _width(self, problem: Any) -> int:
         return self.neurons or max(1, min(_NEURONS, _ALL_NEURONS // problem.num_functions))

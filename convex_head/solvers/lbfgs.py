@@ -10,7 +10,7 @@ gradients still tell: there a step is taken by its slopes (W. Hager and H. Zhang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ class Corrections:
     def __init__(self, memory: int = MEMORY):
         self.memory = memory
         self.clear()
+
+    @staticmethod
+    def of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Corrections:
+        """These (step, change), oldest first."""
+        held = Corrections()
+        for pair in pairs:
+            held.append(*pair)
+        return held
 
     def clear(self) -> None:
         """Forget all pairs."""

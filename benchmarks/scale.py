@@ -9,7 +9,8 @@ the same process. Every line is a process of its own, so that its peak memory is
 file in every pass, "memory" holds the features. Memory is what is allocated (RssAnon of Linux, every 10 ms): pages of
 the mapped file come on top, but the system takes them back when others need them. Times are CPU seconds, because the
 machine may be busy. Features are synthetic (clusters, a spectrum that falls like 1/k, cut off at zero); the network is
-column generation's, fitted to 2,000 of the rows to a gap of 5 % or for a minute. Passes are measured with the smoothing
+column generation's, fitted to 2,000 of the rows to a gap of 5 % or for a minute; where that needs fewer neurons than
+wanted, neurons are split into several of directions a fifth of a radian away. Passes are measured with the smoothing
 of a solve's beginning and of its end, when fewer margins have a slope.
 """
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Column, Record, arguments, load_average, publish, synthetic_features
+from convex_head.problems.base import Network
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.solvers.column_generation import ColumnGeneration
 
@@ -36,6 +38,7 @@ _BLOCK = 20_000
 _SAMPLE, _TOL = 2000, 0.05
 _SAMPLING_SECONDS = 0.01
 _EARLY, _LATE = 0.1, 0.01
+_APART = 0.2
 
 
 def write_features(path: Path, rows: int, width: int, classes: int) -> np.ndarray:
@@ -84,6 +87,22 @@ class AllocatedMemory:
                 return
 
 
+def widened(network: Network, neurons: int) -> Network:
+    """About the same functions by ``neurons`` distinct neurons each, if they have fewer: copies share the weight."""
+    counts, rank = torch.bincount(network.function), torch.empty_like(network.function)
+    for c, count in enumerate(counts.tolist()):
+        rank[network.function == c] = torch.arange(count)
+    counts = counts[network.function]
+    copies = (neurons // counts + (rank < neurons % counts).long()).clamp_min(1)
+    directions = network.directions.repeat_interleave(copies, 0)
+    turn = torch.randn(directions.shape, generator=torch.Generator().manual_seed(0), dtype=directions.dtype)
+    directions = directions + _APART * turn / turn.norm(dim=1, keepdim=True)
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    return Network(
+        directions, (network.weights / copies).repeat_interleave(copies), network.function.repeat_interleave(copies)
+    )
+
+
 def measure(setting: Record, threads: int) -> Record:
     """One pass in this process, and the floor next to it."""
     torch.set_num_threads(threads)
@@ -99,7 +118,7 @@ def measure(setting: Record, threads: int) -> Record:
         small = problem.sample(_SAMPLE, 0)
         solver = ColumnGeneration(neurons=neurons // 2)
         solved = solver.solve(small, tol=_TOL, max_seconds=setting["fit_seconds"])
-        packed = problem.pack(solved.network)
+        packed = problem.pack(widened(solved.network, neurons))
         weights = packed.vectors[packed.signs != 0].float()
         block = torch.from_numpy(np.array(mapped[: min(rows, 10_000)]))
         load = load_average()

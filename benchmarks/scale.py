@@ -96,7 +96,8 @@ def widened(network: Network, neurons: int) -> Network:
     copies = (neurons // counts + (rank < neurons % counts).long()).clamp_min(1)
     directions = network.directions.repeat_interleave(copies, 0)
     turn = torch.randn(directions.shape, generator=torch.Generator().manual_seed(0), dtype=directions.dtype)
-    directions = directions + _APART * turn / turn.norm(dim=1, keepdim=True)
+    turn *= (copies > 1).repeat_interleave(copies).unsqueeze(1)
+    directions = directions + _APART * turn / turn.norm(dim=1, keepdim=True).clamp_min(1e-12)
     directions = directions / directions.norm(dim=1, keepdim=True)
     return Network(
         directions, (network.weights / copies).repeat_interleave(copies), network.function.repeat_interleave(copies)

@@ -63,6 +63,25 @@ def test_signs_and_functions_are_kept_apart() -> None:
     assert merging(PackedNetwork.pack(same, 2), 1.0).gone == 0
 
 
+def test_opposite_neurons_stay_two_however_light() -> None:
+    vectors = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [0.0, 0.1], [0.0, -0.1]]], dtype=torch.float64)
+    packed = PackedNetwork.of(vectors, torch.tensor([[1.0, 1.0, -1.0, -1.0]], dtype=torch.float64))
+    merged = merging(packed, 0.04)
+    assert merged.gone == 0
+    torch.testing.assert_close(merged.vectors, vectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alive", [0, 1])
+def test_networks_of_next_to_nothing_stay(alive: int, dtype: torch.dtype) -> None:
+    vectors = torch.ones(2, 3, 4, dtype=dtype) * torch.tensor([1.0, 0.0, 1.0], dtype=dtype).view(1, 3, 1)
+    packed = PackedNetwork.of(vectors, alive * torch.tensor([1.0, 1.0, 0.0], dtype=dtype).expand(2, 3))
+    merged = merging(packed, 1.0)
+    assert merged.gone == 0 and torch.isfinite(merged.rows(vectors)).all()
+    assert (merged.signs != 0).sum(1).tolist() == [alive, alive]
+    torch.testing.assert_close(merged.network().unpack().weights, torch.full((2 * alive,), 4.0, dtype=dtype))
+
+
 def test_gradients_of_a_merged_network_are_those_that_its_rows_say() -> None:
     """Chain rule: neurons of one direction are fixed multiples of the merged one."""
     packed = PackedNetwork.pack(network(0.0), 2)

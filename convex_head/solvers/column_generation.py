@@ -312,7 +312,7 @@ class ColumnGeneration(Solver):
             noise=torch.finfo(problem.dtype).eps,
         )
         run.extra["evaluations"] += evaluations
-        nearness = _NEARLY_SAME if narrower else _SAME
+        nearness = _NEARLY_SAME if narrower and not run.out_of_time() else _SAME
         merged = merging(PackedNetwork.of(vectors, packed.signs), nearness * run.tol)
         if merged.gone:
             pairs = Corrections.of((merged.rows(step), merged.rows(change)) for step, change in pairs)

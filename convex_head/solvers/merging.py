@@ -18,28 +18,25 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 
+# |u - w|^2 at most, however little one of the two weighs: 60 degrees.
+_MOST_APART = 1.0
+
 
 @dataclass(frozen=True)
 class Merging:
     """Which neurons are made one.
 
     Attributes:
-        leader: (F, m) the place of the neuron that stands for each one, its own where it stays.
-        share: (F, m) |v_j| over the norm of what it goes into.
+        into: (F, m, m) row k has |v_j| over the norm of what neurons j become together at place k, 0 for all others.
         vectors: (F, m, d) of the merged network; zero where a neuron has gone.
         signs: (F, m), 0 there.
+        gone: how many neurons have gone.
     """
 
-    leader: Tensor
-    share: Tensor
+    into: Tensor
     vectors: Tensor
     signs: Tensor
-
-    @property
-    def gone(self) -> int:
-        """How many neurons have gone."""
-        own = torch.arange(self.leader.shape[1], device=self.leader.device)
-        return int((self.leader != own).sum())
+    gone: int
 
     def network(self) -> PackedNetwork:
         """The merged network, in the layout of the one before."""
@@ -47,8 +44,7 @@ class Merging:
 
     def rows(self, values: Tensor) -> Tensor:
         """Steps or gradients (F, m, d) of the vectors before as those of the merged ones."""
-        index = self.leader.unsqueeze(-1).expand_as(values)
-        return torch.zeros_like(values).scatter_add_(1, index, values * self.share.unsqueeze(-1).to(values.dtype))
+        return self.into.to(values.dtype) @ values
 
 
 def merging(packed: PackedNetwork, most: float) -> Merging:
@@ -58,9 +54,8 @@ def merging(packed: PackedNetwork, most: float) -> Merging:
         packed: the network.
         most: pq/(p + q) |u - w|^2 of two neurons at most, over the norm of the network divided by its neurons.
     """
-    norm = packed.vectors.norm(dim=-1)
-    signs = packed.signs * (norm > 0)
-    weight = norm.square() * (signs != 0)
+    norm = packed.vectors.norm(dim=-1) * (packed.signs != 0)
+    signs, weight = packed.signs * (norm > 0), norm.square()
     order = weight.argsort(dim=1, descending=True, stable=True)
     unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
     unit, sign, alpha = _taken(unit, order), signs.gather(1, order), weight.gather(1, order)
@@ -69,25 +64,24 @@ def merging(packed: PackedNetwork, most: float) -> Merging:
     pair = alpha.unsqueeze(1) * alpha.unsqueeze(2)
     both = (alpha.unsqueeze(1) + alpha.unsqueeze(2)).clamp_min(torch.finfo(norm.dtype).tiny)
     limit = most * weight.sum() / (signs != 0).sum().clamp_min(1)
-    close = (pair / both * apart <= limit) & (sign.unsqueeze(1) == sign.unsqueeze(2)) & (sign != 0).unsqueeze(1)
+    close = (pair / both * apart <= limit) & (apart <= _MOST_APART)
+    close &= (sign.unsqueeze(1) == sign.unsqueeze(2)) & (sign != 0).unsqueeze(1)
     own = torch.arange(width, device=norm.device)
     leader = own.expand_as(order).clone()
     for j in range(width - 1):
         # Those after j that still stand for themselves follow it, if it stands for itself.
         follows = close[:, j] & (leader == own) & (own > j) & (leader[:, j : j + 1] == j)
         leader = torch.where(follows, j, leader)
-    # Back to the places of the network.
-    place = torch.empty_like(order).scatter_(1, order, leader)
-    place = order.gather(1, place)
-    total = torch.zeros_like(weight).scatter_add_(1, place, weight)
-    stays = place == own
-    index = place.unsqueeze(-1).expand_as(packed.vectors)
-    mean = torch.zeros_like(packed.vectors).scatter_add_(1, index, packed.vectors * norm.unsqueeze(-1))
+    # Back to the places of the network. Products, because sums by index differ between GPUs that must agree.
+    place = order.gather(1, torch.empty_like(order).scatter_(1, order, leader))
+    member = (place.unsqueeze(1) == own.unsqueeze(1)).to(norm.dtype)
+    total = (member @ weight.unsqueeze(-1)).squeeze(-1)
+    mean = member @ (packed.vectors * norm.unsqueeze(-1))
     mean = mean / mean.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(norm.dtype).tiny)
+    stays = place == own
     vectors = torch.where(stays & (signs != 0), total, 0.0).sqrt().unsqueeze(-1) * mean
-    into = total.gather(1, place)
-    share = (weight / into.clamp_min(torch.finfo(norm.dtype).tiny)).sqrt()
-    return Merging(place, torch.where(stays & (into == 0), 1.0, share), vectors, signs * stays)
+    share = norm.unsqueeze(1) / total.sqrt().clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+    return Merging(member * share, vectors, signs * stays, int((~stays).sum()))
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Neurons that nearly coincide are made one, and nothing else of a network changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,14 @@ def network(turn: float, seed: int = 0) -> Network:
     order = torch.randperm(12, generator=generator)
     directions = directions / directions.norm(dim=1, keepdim=True)
     return Network(directions[order], (signs * weights)[order], function[order])
+
+
+def clusters() -> PolynomialProblem:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(240) % 4
+    x = 2 * torch.randn(4, 10, generator=generator, dtype=torch.float64)[labels]
+    x = x + torch.randn(240, 10, generator=generator, dtype=torch.float64)
+    return PolynomialProblem(x, labels, num_classes=4, radius=0.5, reg=0.02)
 
 
 def quadratics(packed: PackedNetwork) -> Tensor:
@@ -99,12 +109,32 @@ def test_gradients_of_a_merged_network_are_those_that_its_rows_say() -> None:
     torch.testing.assert_close(merged.rows(before), after, rtol=1e-9, atol=1e-9)
 
 
+def test_a_search_stops_for_a_narrower_network_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, searches = clusters(), []
+    search = ColumnGeneration._search
+
+    def watched(self: Any, problem: Any, state: Any, run: Any, most: int) -> tuple[bool, bool]:
+        width, done = problem.pack(state.network).signs.shape[1], run.extra["evaluations"]
+        reached, narrower = search(self, problem, state, run, most)
+        after = problem.pack(state.network).signs.shape[1]
+        searches.append((narrower, reached, after <= 0.8 * width, run.extra["evaluations"] - done, most))
+        return reached, narrower
+
+    monkeypatch.setattr(ColumnGeneration, "_search", watched)
+    limit = 60
+    result = ColumnGeneration(neurons=12, inner_evaluations=limit).solve(problem, tol=1e-2)
+    stopped = [i for i, (narrower, *_) in enumerate(searches) if narrower]
+    assert result.converged and stopped
+    for i in stopped:
+        _, reached, is_narrower, evaluations, most = searches[i]
+        assert is_narrower and not reached
+        # The next one goes on with what is left of the limit.
+        assert searches[i + 1][-1] == most - evaluations
+    assert all(0 < evaluations <= most <= limit for *_, evaluations, most in searches)
+
+
 def test_a_fit_ends_without_repeated_neurons() -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(240) % 4
-    x = 2 * torch.randn(4, 10, generator=generator, dtype=torch.float64)[labels]
-    x = x + torch.randn(240, 10, generator=generator, dtype=torch.float64)
-    problem = PolynomialProblem(x, labels, num_classes=4, radius=0.5, reg=0.02)
+    problem = clusters()
     wide = ColumnGeneration(neurons=12).solve(problem, tol=1e-2)
     narrow = ColumnGeneration(neurons=2).solve(problem, tol=1e-2)
     assert wide.gap <= 1e-2 and narrow.gap <= 1e-2

@@ -52,7 +52,8 @@ def merging(packed: PackedNetwork, most: float) -> Merging:
 
     Args:
         packed: the network.
-        most: pq/(p + q) |u - w|^2 of two neurons at most, over the norm of the network divided by its neurons.
+        most: pq/(p + q) |u - w|^2 of a neuron and the one that it goes into at most, over the norm of the network
+            divided by its neurons. What all of them change adds up.
     """
     norm = packed.vectors.norm(dim=-1) * (packed.signs != 0)
     signs, weight = packed.signs * (norm > 0), norm.square()

@@ -4,8 +4,8 @@
 
 trained to global optimality on the activation's robust problem (problems/) in the standardised units of z. The
 certificate that ``fit`` stores is measured on the weights as deployed: rounded to the head's dtype, with the rounded
-mean and scale. Arithmetic is float64; above 3e7 numbers the passes run in float32 with float64 sums, which on 3,000
-rows of 512 features moved the objective by 7e-9 and the bound by 2e-6, relative.
+mean and scale. Arithmetic is float64; on large data (activations/polynomial.py) the passes run in float32 with float64
+sums, which on 3,000 rows of 512 features moved the objective by 7e-9 and the bound by 2e-6, relative.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from convex_head.problems.losses import get_loss
 from convex_head.rows import is_mapped
 from convex_head.shards import Shard, Whole
 from convex_head.solvers import Progress, SolveResult, get_solver
+from convex_head.solvers.base import check_positive
 from convex_head.solvers.result import as_deployed, network_of
 from convex_head.standardisation import mean_and_scale
 from convex_head.threads import one_thread_if_small
@@ -182,8 +183,8 @@ class ConvexRobustHead(nn.Module):
             else:
                 self.register_buffer(name, value)
 
-    def _task(self) -> Task:
-        return Task(self.num_classes, self.radius, self.reg, self.loss)
+    def _task(self, tol: float = 0.0) -> Task:
+        return Task(self.num_classes, self.radius, self.reg, self.loss, tol)
 
     def standardised(self, features: Tensor) -> Tensor:
         """Features in the units of the radius, float64."""
@@ -241,7 +242,9 @@ class ConvexRobustHead(nn.Module):
         algorithm = get_solver(solver, self.solvers)
         data = TrainingData(features if is_mapped(features) else x, y, mean, scale, shard)
         before = network_of(start)
-        problem = self._activation.problem(data, self._task(), weights=self._weights_on(y), start=before, seed=seed)
+        check_positive("tol", tol)
+        weights = self._weights_on(y)
+        problem = self._activation.problem(data, self._task(tol), weights=weights, start=before, seed=seed)
         if before is not None:
             before = problem.check_start(before)
             start = dataclasses.replace(start, network=before) if isinstance(start, SolveResult) else before

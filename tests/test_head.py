@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from convex_head import ConvexRobustHead
+from convex_head import ConvexRobustHead, activations
 from convex_head.errors import ConvergenceWarning
 from convex_head.solvers import Progress, Status
+from convex_head.solvers.column_generation import ColumnGeneration
 
 
 def data(n: int, d: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +155,33 @@ def test_certificate_is_measured_on_the_deployed_weights(classes: int, loss: str
         expected = (1 - worst).clamp_min(0).mean() + 0.01 * head.readout.double().abs().sum()
         assert result.primal == pytest.approx(float(expected), rel=1e-9)
     assert float((head(torch.from_numpy(features)).argmax(1) == torch.from_numpy(labels)).double().mean()) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("given", "tol", "passes"),
+    [
+        (torch.float32, 0.05, torch.float32),
+        (torch.float32, 9e-4, torch.float64),
+        (torch.float64, 0.05, torch.float64),
+    ],
+)
+def test_large_data_in_single_precision_are_passed_in_it(
+    given: torch.dtype, tol: float, passes: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the gap to reach is far above what that moves: objective and bound are those of double precision."""
+    monkeypatch.setattr(activations.polynomial, "_OWN_FLOAT32_ABOVE", 800)
+    features, labels = (torch.from_numpy(part) for part in data(90, 9, 3))
+    used, solve = [], ColumnGeneration.solve
+    monkeypatch.setattr(
+        ColumnGeneration, "solve", lambda self, convex, **rest: (used.append(convex), solve(self, convex, **rest))[1]
+    )
+    head = ConvexRobustHead(9, 3, radius=0.3, reg=0.02).fit(features.to(given), labels, tol=tol)
+    assert [convex.dtype for convex in used] == [passes]
+    exact = head.problem(features.to(given), labels)
+    assert exact.dtype == torch.float64 and head.result_ is not None
+    assert head.result_.primal == pytest.approx(exact.objective(head.network()), rel=1e-6)
+    best = ColumnGeneration().solve(exact, tol=1e-5)
+    assert head.result_.dual <= best.primal * (1 + 1e-6) and head.result_.gap <= tol
 
 
 def test_converged_is_said_only_with_the_gap(recwarn: pytest.WarningsRecorder) -> None:

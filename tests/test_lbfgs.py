@@ -128,6 +128,21 @@ def test_directions_are_those_of_the_two_loop_recursion(count: int) -> None:
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(kept, pairs[-memory:], strict=True))
 
 
+def test_pairs_in_single_precision_give_nearly_the_same_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, 3, 40, dtype=torch.float64)
+    double, single = Corrections(), Corrections(dtype=torch.float32)
+    for _ in range(30):
+        step = torch.randn(40, generator=generator, dtype=torch.float64)
+        double.append(step, scale * step)
+        single.append(step, scale * step)
+    gradient = torch.randn(40, generator=generator, dtype=torch.float64)
+    found = single.direction(gradient, lambda x: x)
+    assert all(step.dtype == change.dtype == torch.float32 for step, change in single) and len(single) == 30
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, double.direction(gradient, lambda x: x), rtol=1e-3, atol=1e-4)
+
+
 def test_without_pairs_the_direction_is_that_of_the_metric() -> None:
     assert torch.equal(Corrections().direction(SCALES, lambda x: 3 * x), -3 * SCALES)
 

@@ -57,7 +57,7 @@ def test_a_bound_that_is_far_off_is_repaired_where_the_time_is_out(monkeypatch: 
     x, y = clusters(1000, 24, 100)
     problem = PolynomialProblem(x, y, num_classes=100, radius=0.25, reg=0.001)
     answers, repaired = [], problem.repair
-    monkeypatch.setattr(problem, "repair", lambda *args: (answers.append(args[2]), repaired(*args))[1])
+    monkeypatch.setattr(problem, "repair", lambda *args, **more: (answers.append(args[2]), repaired(*args, **more))[1])
     network = ColumnGeneration(neurons=1, max_iterations=1, inner_evaluations=30).solve(problem, tol=0.05).network
     assert not answers
     result = ColumnGeneration().solve(problem, tol=0.05, start=network, max_seconds=1e-6)
@@ -76,6 +76,26 @@ def test_rows_give_the_moments_of_their_pass() -> None:
         second[plus] += sign * slope * 0.09 * torch.outer(x, x)
         second[minus] -= sign * slope * 0.09 * torch.outer(x, x)
     torch.testing.assert_close(second, report.point.moments[:, :-1, :-1])
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_changes_of_slopes_stay_on_their_face(joint: bool) -> None:
+    """Four examples with a limit of 1: at the limit, below it, at the limit with one slope left no room, alone."""
+    example = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])
+    slope = torch.tensor([0.5, 0.5, 0.0, 0.3, 0.4, 0.2, 0.8, 0.0], dtype=torch.float64)
+    room = torch.tensor([True, True, True, True, True, True, False, True])
+    none = torch.zeros(8, 2, dtype=torch.float64)
+    rows = dual_rows.DualRows(none, example, none.long(), slope.sign(), slope, room)
+    downhill = torch.tensor([2.0, 1.0, -1.0, 1.0, -2.0, 3.0, 5.0, -1.0], dtype=torch.float64)
+    face = repair._Face(rows, slope, downhill, 1.0, joint)
+    change = face.project(downhill)
+    expected = [0.5, -0.5, 0.0, 1.0, -2.0, 0.0, 0.0, 0.0] if joint else [2.0, 1.0, 0.0, 1.0, -2.0, 3.0, 0.0, 0.0]
+    assert change.tolist() == expected
+    torch.testing.assert_close(face.project(change), change)
+    moved = face.into_set(slope + 2 * downhill)
+    most = torch.zeros(4, dtype=torch.float64).index_add_(0, example, moved) if joint else moved
+    assert float(moved.min()) >= 0 and float(most.max()) <= 1 + 1e-12
+    assert torch.equal(face.into_set(slope), slope)
 
 
 def test_functions_that_no_margin_couples_have_no_rows() -> None:
@@ -117,6 +137,10 @@ def test_a_repair_that_does_not_get_there_is_given_up(monkeypatch: pytest.Monkey
     monkeypatch.setattr(repair, "oracle", lambda point, reg: (rounds.append(reg), oracle(point, reg))[1])
     assert report.rows is not None
     best = problem.repair(report.rows, packed, answer, aim=2 * optimum)
-    assert 2 <= len(rounds) < repair._ROUNDS and best.dual >= answer.dual
+    assert len(rounds) == 1 and best.dual > answer.dual
+    rounds.clear()
+    # Where the time is out this is the last bound: a second round follows.
+    further = problem.repair(report.rows, packed, answer, aim=2 * optimum, persist=True)
+    assert 2 <= len(rounds) < repair._ROUNDS and further.dual >= best.dual
     rounds.clear()
     assert problem.repair(report.rows, packed, answer, aim=0.5 * answer.dual).dual > answer.dual and len(rounds) == 1

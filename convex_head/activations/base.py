@@ -22,12 +22,16 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What every training problem needs beside data: classes, feature radius, regularisation, loss."""
+    """What every training problem needs beside data: classes, feature radius, regularisation, loss.
+
+    ``tol`` is the relative gap that it is solved to, 0 where that is not known.
+    """
 
     num_classes: int
     radius: float
     reg: float
     loss: str
+    tol: float = 0.0
 
     @property
     def functions(self) -> int:

@@ -17,7 +17,9 @@ from convex_head.solvers import POLYNOMIAL_SOLVERS
 from convex_head.validation import check_coefficients
 
 DEFAULT_COEFFICIENTS = (0.09, 0.5, 0.47)
-_FLOAT32_ABOVE = 30_000_000
+# Passes run in float32 above so many numbers; above the second so many where that is what the features come in and the
+# gap to reach is far above what it moves.
+_FLOAT32_ABOVE, _OWN_FLOAT32_ABOVE, _COARSE = 30_000_000, 1_000_000, 1e-3
 
 
 class Polynomial(Activation):
@@ -59,7 +61,8 @@ class Polynomial(Activation):
     def problem(
         self, data: TrainingData, task: Task, *, weights: Weights, start: Any = None, seed: int | None = None
     ) -> PolynomialProblem:
-        n, d = data.features.shape
+        numbers = data.shard.total(data.features.shape[0]) * data.features.shape[1]
+        is_single = str(data.features.dtype).endswith("float32") and task.tol >= _COARSE
         return PolynomialProblem(
             data.features,
             data.labels,
@@ -68,7 +71,7 @@ class Polynomial(Activation):
             reg=task.reg,
             loss=task.loss,
             coefficients=self.coefficients,
-            dtype=torch.float32 if n * d > _FLOAT32_ABOVE else torch.float64,
+            dtype=torch.float32 if numbers > (_OWN_FLOAT32_ABOVE if is_single else _FLOAT32_ABOVE) else torch.float64,
             mean=data.mean,
             scale=data.scale,
             stream=is_mapped(data.features),

@@ -362,17 +362,13 @@ class PolynomialProblem:
         """Best neuron of every function and sign, and the rigorous lower bound that it proves."""
         return oracle(point, self.reg)
 
-    def repair(self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, aim: float) -> OracleAnswer:
-        """A bound at least as good as ``answer``'s, from slopes solved for anew (problems/repair.py).
-
-        Args:
-            rows: of the :class:`DualReport` that ``answer`` belongs to.
-            packed: the network of that report.
-            answer: the oracle's.
-            aim: a bound that is good enough.
-        """
+    def repair(
+        self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, aim: float, persist: bool = False
+    ) -> OracleAnswer:
+        """A bound at least as good as ``answer``'s, from slopes solved for anew: ``repaired`` of problems/repair.py."""
         settings: dict[str, Any] = {"num_classes": self.num_classes, "aim": aim, "coefficients": self.coefficients}
-        return repaired(rows, packed, answer, loss=self._loss, reg=self.reg, n=self.n, shard=self.shard, **settings)
+        settings |= {"loss": self._loss, "reg": self.reg, "n": self.n, "shard": self.shard, "persist": persist}
+        return repaired(rows, packed, answer, **settings)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

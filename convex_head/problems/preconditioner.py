@@ -3,7 +3,7 @@
 The curvature of the loss, where a slope is free to move with its margin, is close for each function to C (x) G: G the
 second moment of the examples that have such a margin, weighted by 1/mu, C that of the derivatives 2a v_j'x + b |v_j|
 of the neurons over them. The regulariser adds 2 reg I. So (2 reg I + C (x) G)^-1 is one eigendecomposition of C and one
-of G, and is applied in two products over the neurons.
+of G, and is applied in two products over the neurons, with the eigenvectors of G whose curvature shows beside 2 reg.
 
 Computed on a sample of the rows, because it need not be exact. Source: Kronecker-factored curvature (J. Martens, R.
 Grosse, ICML 2015), here of a sum over the examples without the derivative of worst-case points.
@@ -24,6 +24,8 @@ from convex_head.shards import Whole
 
 # With more functions than this all share one G.
 _OWN = 64
+# Curvature below this share of that of the regulariser is left out.
+_FELT = 0.1
 
 
 def preconditioner(
@@ -80,6 +82,15 @@ def preconditioner(
     shard.sum(gram, outer, count)
     outer /= count.clamp_min(1)[:, None, None]
     s, left = torch.linalg.eigh(outer)
-    g, right = torch.linalg.eigh(share * gram)
-    inverse = 1 / (2 * reg + s.clamp_min(0).unsqueeze(-1) * g.clamp_min(0).unsqueeze(-2))
-    return lambda gradient: left @ ((left.mT @ gradient @ right) * inverse) @ right.mT
+    g, right = torch.linalg.eigh((share * gram).to(scan.rows.dtype))
+    ratio = s.clamp_min(0).unsqueeze(-1) * g.double().clamp_min(0).unsqueeze(-2) / (2 * reg)
+    # Eigenvalues come in ascending order: from the first that makes itself felt anywhere.
+    first = int((ratio.amax((0, 1)) <= _FELT).sum())
+    right, change = right[..., first:].contiguous(), -ratio[..., first:] / (1 + ratio[..., first:])
+    left, right, change = (part.to(scan.rows.dtype) for part in (left, right, change))
+
+    def apply(gradient: Tensor) -> Tensor:
+        g = gradient.to(left.dtype)
+        return ((g + left @ ((left.mT @ (g @ right)) * change) @ right.mT) / (2 * reg)).to(gradient.dtype)
+
+    return apply

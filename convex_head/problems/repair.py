@@ -10,12 +10,14 @@ network. Worst-case points may stay as they are: the bound holds for any slopes 
 over the points x_i of margins f_p - f_q that contain f_c; half of u'r_u is reg minus the value of u in the dual
 constraint. It is linear in s, and
 
-    minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes that S leaves free
+    minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes on a face of S
 
-is solved by conjugate gradients in products with the points alone: no worst case is solved. The slopes are then put
-back into S and the exact oracle bounds what they prove. The neurons u are those of the network and the oracle's best;
-a further round takes the worst neurons that the round before has left. Margins of one function alone are not repaired:
-their bounds are good as they are, and a repair costs more than it saves.
+is solved by conjugate gradients in products with the points alone: no worst case is solved. On that face slopes that
+the smoothed problem leaves no room stay, those at zero that would fall stay, and slopes of an example that sum up to
+their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on their sum. The
+slopes are then put back into S and the exact oracle bounds what they prove. The neurons u are those of the network and
+the oracle's best; a further round takes the worst neurons that the round before has left. Margins of one function alone
+are not repaired: their bounds are good as they are, and a repair costs more than it saves.
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ from convex_head.problems.losses import MarginLoss
 from convex_head.shards import Whole
 
 _ROUNDS = 8
-# The last round is one after which gains that go on falling as they did, this many times over, do not reach the aim.
-_HOPE = 2.0
+# The last round is one after which gains that go on falling as they did, this many times over, do not reach the aim;
+# after the first, as if they fell by this factor.
+_HOPE, _FALL = 2.0, 0.5
 _STEPS = 25
 _TOL = 1e-3
 _PULL = 1e-2
+# Slopes of an example that reach their limit up to this share do.
+_FULL = 1e-4
 # Neurons of less weight than this share of the largest are no constraint; those of the oracle count from here on.
 _SMALL = 1e-2
 _NEAR = 0.98
@@ -90,6 +95,7 @@ def repaired(
     n: int,
     aim: float,
     shard: Whole,
+    persist: bool = False,
 ) -> OracleAnswer:
     """The best bound that repaired slopes prove, ``answer`` if they prove nothing more.
 
@@ -100,9 +106,11 @@ def repaired(
         loss, num_classes, coefficients, reg, shard: of the problem.
         n: examples of all processes.
         aim: a bound that is good enough.
+        persist: a second round follows whatever the first has gained.
     """
     dtype = rows.points.dtype
     layout = RowLayout(rows, len(packed.signs))
+    cap = loss.share(num_classes) / n
     norm = packed.nu
     weight = (norm.square() > _SMALL * norm.square().amax()).to(dtype) * packed.signs.to(dtype)
     unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
@@ -113,10 +121,13 @@ def repaired(
         neurons, signs = _compact(torch.cat([neurons, more], dim=1), torch.cat([signs, more_signs], dim=1))
         system = _Stationarity(layout, neurons, signs, coefficients, shard)
         residual = 2 * reg * signs.abs().unsqueeze(-1) * neurons - system.apply(slope)
-        slope = slope + _least_squares(system, residual, rows.free, shard)
-        slope = _into_set(slope, rows, loss, num_classes, n)
+        downhill = system.transpose(residual)
+        face = _Face(rows, slope, downhill, cap, loss.joint)
+        slope = face.into_set(slope + _least_squares(system, downhill, face, shard))
         found = oracle(_dual_point(layout, slope, coefficients, shard), reg)
         before, gain, best = gain, found.dual - best.dual, max(best, found, key=lambda answer: answer.dual)
+        if math.isinf(before) and not persist:
+            before = gain / _FALL
         if best.dual >= aim or _HOPE * _further(gain, before) < aim - best.dual:
             break
     return best
@@ -144,41 +155,70 @@ def _compact(neurons: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
     return neurons.gather(1, order.unsqueeze(-1).expand(-1, -1, neurons.shape[-1])), signs.gather(1, order)
 
 
-def _least_squares(system: _Stationarity, residual: Tensor, free: Tensor, shard: Whole) -> Tensor:
-    """Change of the free slopes, by conjugate gradients on the normal equations."""
-    mask = free.to(residual.dtype)
+class _Face:
+    """S, divided by n as slopes are, and changes of slopes on the face of it that the module describes.
+
+    Args:
+        rows: whose slopes they are.
+        slope: (N,) slopes now.
+        downhill: (N,) where they would go.
+        cap: most that S leaves a slope, or with ``joint`` the slopes of an example together.
+        joint: the loss is a maximum over the classes.
+    """
+
+    def __init__(self, rows: DualRows, slope: Tensor, downhill: Tensor, cap: float, joint: bool):
+        self._cap = cap
+        self._example, self._examples = rows.example, int(rows.example.max()) + 1
+        free = rows.free & ~((slope <= 0) & (downhill < 0))
+        if not joint:
+            free &= ~((slope >= cap) & (downhill > 0))
+        self.free = free.to(slope.dtype)
+        self._held: Tensor | None = None
+        if joint:
+            full = self._by_example(slope) >= (1 - _FULL) * cap
+            self._held = full / self._by_example(self.free).clamp_min(1)
+
+    def project(self, change: Tensor) -> Tensor:
+        """(N,) changes -> (N,) the nearest ones on the face."""
+        change = change * self.free
+        if self._held is None:
+            return change
+        excess = self._by_example(change) * self._held
+        return change - excess[self._example] * self.free
+
+    def into_set(self, slope: Tensor) -> Tensor:
+        """(N,) slopes put back into S."""
+        slope = slope.clamp_min(0)
+        if self._held is None:
+            return slope.clamp_max(self._cap)
+        return slope * (self._cap / self._by_example(slope).clamp_min(self._cap))[self._example]
+
+    def _by_example(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self._examples).index_add_(0, self._example, values)
+
+
+def _least_squares(system: _Stationarity, downhill: Tensor, face: _Face, shard: Whole) -> Tensor:
+    """Change of the slopes on the face, by conjugate gradients on the normal equations."""
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
         total = (x * y).double().sum().view(1)
         shard.sum(total)
         return total
 
-    right = system.transpose(residual) * mask
-    ones = system.transpose(system.apply(mask)) * mask
-    pull = float(_PULL * dot(ones, mask) / dot(mask, mask).clamp_min(1))
+    right, free = face.project(downhill), face.free
+    pull = float(_PULL * dot(system.transpose(system.apply(free)), free) / dot(free, free).clamp_min(1))
     change, rest = torch.zeros_like(right), right
     direction, square = right, dot(right, right)
     aim = _TOL**2 * square
     for _ in range(_STEPS):
         if not bool(square > aim):
             break
-        image = system.transpose(system.apply(direction)) * mask + pull * direction
+        image = face.project(system.transpose(system.apply(direction))) + pull * direction
         length = (square / dot(direction, image)).to(right.dtype)
         change, rest = change + length * direction, rest - length * image
         new = dot(rest, rest)
         direction, square = rest + (new / square).to(right.dtype) * direction, new
     return change
-
-
-def _into_set(slope: Tensor, rows: DualRows, loss: MarginLoss, num_classes: int, n: int) -> Tensor:
-    """Slopes put back into S, divided by n as they are."""
-    cap = loss.share(num_classes) / n
-    slope = slope.clamp_min(0)
-    if not loss.joint:
-        return slope.clamp_max(cap)
-    total = torch.zeros(int(rows.example.max()) + 1 if len(slope) else 1, dtype=slope.dtype, device=slope.device)
-    total.index_add_(0, rows.example, slope)
-    return slope * (cap / total.clamp_min(cap))[rows.example]
 
 
 def _dual_point(layout: RowLayout, slope: Tensor, coefficients: tuple[float, float, float], shard: Whole) -> DualPoint:

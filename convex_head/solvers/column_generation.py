@@ -59,6 +59,8 @@ _STALL_PROGRESS = 0.02
 # Neurons that differ by this share of tol are one (solvers/merging.py), where a search goes on by the second share. It
 # stops for that if its network is so much narrower then, and looks every so many evaluations.
 _SAME, _NEARLY_SAME, _NARROWER, _LOOK = 0.01, 0.1, 0.8, 25
+# Far from its minimum a search takes a new preconditioner after so many evaluations, and after so many more.
+_AFRESH = (15, 45)
 # Accuracy of the first inner minimisations: this many times tol, within these.
 _FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 3.0, 0.03, 0.1
 # Smoothing may keep this share of tol open; where it keeps more, its width is set for the second share at most.
@@ -254,20 +256,24 @@ class ColumnGeneration(Solver):
         answer = problem.oracle(report.point)
         is_close = report.smoothing <= _REPAIR_SHARE * run.tol * report.primal
         is_close = is_close and float(answer.bounds.amax()) <= _REPAIR_WORST * problem.reg
-        if report.rows is not None and (is_close or run.out_of_time()):
-            answer = problem.repair(report.rows, packed, answer, (1 - run.tol) * min(run.primal, report.primal))
+        is_late = run.out_of_time()
+        if report.rows is not None and (is_close or is_late):
+            aim = (1 - run.tol) * min(run.primal, report.primal)
+            answer = problem.repair(report.rows, packed, answer, aim, persist=is_late)
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer
 
     def _correct(self, problem: Any, state: _State, run: Run, most: int) -> bool:
         """Minimise the smoothed problem over the neurons of the network; returns whether to the state's accuracy."""
+        looks = list(_AFRESH) if state.centre is None else []
         left = most
         while True:
-            before = run.extra["evaluations"]
-            reached, narrower = self._search(problem, state, run, left)
-            left -= run.extra["evaluations"] - before
-            if not narrower or left <= 0 or run.out_of_time():
+            before, piece = run.extra["evaluations"], min(left, looks.pop(0) if looks else left)
+            reached, narrower = self._search(problem, state, run, piece)
+            done = run.extra["evaluations"] - before
+            left -= done
+            if reached or left <= 0 or run.out_of_time() or not (narrower or done >= piece):
                 return reached
 
     def _search(self, problem: Any, state: _State, run: Run, most: int) -> tuple[bool, bool]:
@@ -300,7 +306,7 @@ class ColumnGeneration(Solver):
                 narrower = int((merged.signs != 0).sum(1).amax()) <= _NARROWER * width
             return reached or narrower
 
-        pairs = self._memory.packed(packed, network)
+        pairs = self._memory.packed(packed, network, problem.dtype)
         vectors, evaluations = minimise(
             objective,
             packed.vectors,
@@ -315,7 +321,8 @@ class ColumnGeneration(Solver):
         nearness = _NEARLY_SAME if narrower and not run.out_of_time() else _SAME
         merged = merging(PackedNetwork.of(vectors, packed.signs), nearness * run.tol)
         if merged.gone:
-            pairs = Corrections.of((merged.rows(step), merged.rows(change)) for step, change in pairs)
+            moved = ((merged.rows(step), merged.rows(change)) for step, change in pairs)
+            pairs = Corrections.of(moved, problem.dtype)
         after = merged.network().unpack()
         keep = after.weights.abs() > _DEAD * after.norm
         alive = (merged.vectors.norm(dim=-1) > 0) & (merged.signs != 0)

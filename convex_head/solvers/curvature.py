@@ -38,9 +38,9 @@ class CurvatureMemory:
         """What a checkpoint keeps of it."""
         return {"steps": torch.stack(self.steps), "changes": torch.stack(self.changes)} if self.steps else {}
 
-    def packed(self, packed: PackedNetwork, network: Network) -> Corrections:
-        """The pairs in the layout of a packed network."""
-        pairs = Corrections()
+    def packed(self, packed: PackedNetwork, network: Network, dtype: torch.dtype) -> Corrections:
+        """The pairs in the layout of a packed network, in this dtype."""
+        pairs = Corrections(dtype=dtype)
         if not self.steps:
             return pairs
         order = torch.argsort(network.function, stable=True)
@@ -49,7 +49,7 @@ class CurvatureMemory:
         first = (counts.cumsum(0) - counts)[network.function[order]]
         place[order] = torch.arange(len(order), device=order.device) - first
         for step, change in zip(self.steps, self.changes, strict=True):
-            wide = [torch.zeros_like(packed.vectors) for _ in range(2)]
+            wide = [torch.zeros_like(packed.vectors, dtype=dtype) for _ in range(2)]
             for tensor, rows in zip(wide, (step, change), strict=True):
                 tensor[network.function, place] = rows.to(tensor.dtype)
             pairs.append(*wide)

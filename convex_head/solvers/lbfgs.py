@@ -33,16 +33,17 @@ class Corrections:
 
     Args:
         memory: number of pairs kept; the oldest goes first.
+        dtype: that pairs are kept in; None for that of the first. They are approximate, and read twice a step.
     """
 
-    def __init__(self, memory: int = MEMORY):
-        self.memory = memory
+    def __init__(self, memory: int = MEMORY, dtype: torch.dtype | None = None):
+        self.memory, self.dtype = memory, dtype
         self.clear()
 
     @staticmethod
-    def of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Corrections:
+    def of(pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype | None = None) -> Corrections:
         """These (step, change), oldest first."""
-        held = Corrections()
+        held = Corrections(dtype=dtype)
         for pair in pairs:
             held.append(*pair)
         return held
@@ -64,7 +65,8 @@ class Corrections:
 
     def append(self, step: Tensor, change: Tensor) -> None:
         """Keep a pair, unless its curvature is not positive beyond rounding."""
-        s, y = step.reshape(-1), change.reshape(-1)
+        dtype = self.dtype or step.dtype
+        s, y = step.reshape(-1).to(dtype), change.reshape(-1).to(dtype)
         if not bool(s @ y > _CURVED * s.norm() * y.norm()):
             return
         if self._count == 0:
@@ -81,7 +83,7 @@ class Corrections:
     def _grow(self, like: Tensor) -> None:
         room = min(self.memory, max(8, 2 * self._count))
         wide = [like.new_zeros(room, len(like)) for _ in range(2)]
-        products = like.new_zeros(room, room)
+        products = like.new_zeros(room, room, dtype=torch.float64)
         if self._count:
             for new, old in zip(wide, (self._steps, self._changes), strict=True):
                 new[: self._count] = old
@@ -96,16 +98,20 @@ class Corrections:
         q = -gradient.reshape(-1).to(self._steps.dtype)
         steps, changes = self._steps[: self._count], self._changes[: self._count]
         turn = -self._first
+
+        def combined(vectors: Tensor, weights: Tensor) -> Tensor:
+            return vectors.mT @ weights.squeeze(1).roll(-turn).to(vectors.dtype)
+
         products = self._products[: self._count, : self._count].roll((turn, turn), (0, 1)).triu()
-        right = (steps @ q).roll(turn).unsqueeze(1)
+        right = (steps @ q).double().roll(turn).unsqueeze(1)
         ahead = torch.linalg.solve_triangular(products, right, upper=True)
-        q = q - changes.mT @ ahead.squeeze(1).roll(-turn)
+        q = q - combined(changes, ahead)
         youngest = changes[(self._first + self._count - 1) % self._count]
         scaled = (youngest * metric(youngest.view(self._shape)).reshape(-1)).sum()
-        r = metric(q.view(self._shape)).reshape(-1) * (products[-1, -1] / scaled)
-        right = products.diagonal().unsqueeze(1) * ahead - (changes @ r).roll(turn).unsqueeze(1)
+        r = metric(q.view(self._shape)).reshape(-1) * (products[-1, -1] / scaled).to(q.dtype)
+        right = products.diagonal().unsqueeze(1) * ahead - (changes @ r).double().roll(turn).unsqueeze(1)
         back = torch.linalg.solve_triangular(products.mT, right, upper=False)
-        return (r + steps.mT @ back.squeeze(1).roll(-turn)).view(self._shape).to(gradient.dtype)
+        return (r + combined(steps, back)).view(self._shape).to(gradient.dtype)
 
 
 def minimise(

@@ -13,8 +13,12 @@ from convex_head.problems.dual import DualPoint
 from convex_head.problems.dual_rows import RowCollector
 from convex_head.rows import Chunk
 
-# Numbers of worst-case points made at once.
+# Numbers of worst-case points made at once, and held before they are summed up: products of many rows are cheaper.
 _DENSE, _GPU_DENSE = 1 << 23, 1 << 28
+_HELD, _GPU_HELD = 1 << 22, 1 << 27
+
+# Forms, signed weights and points, (N,), (N,) and (N, d).
+_Part = tuple[Tensor, Tensor, Tensor]
 
 
 class MomentSums:
@@ -34,32 +38,59 @@ class MomentSums:
         self._forms, self._pairwise, self._d, self._coefficients = forms, pairwise, d, coefficients
         device = forms.plus.device
         mass = torch.zeros(1 if pairwise else num_functions, dtype=torch.float64, device=device)
-        self.point = DualPoint(mass, torch.zeros(num_functions, d + 1, d + 1, dtype=torch.float64, device=device))
+        self._point = DualPoint(mass, torch.zeros(num_functions, d + 1, d + 1, dtype=torch.float64, device=device))
+        self._most = _HELD if device.type == "cpu" else _GPU_HELD
+        self._points: list[_Part] = []
+        self._spread: list[_Part] = []
+        self._numbers = 0
+
+    @property
+    def point(self) -> DualPoint:
+        """All that has been added."""
+        self._sum_up()
+        return self._point
 
     def add(self, forms: Tensor, signs: Tensor, weights: Tensor, x: Tensor) -> None:
         """Points x (N, d) of margins signs * forms, all (N,), with weights (N,)."""
-        a, b, c = self._coefficients
-        d = self._d
         mass = weights.double()
         if self._pairwise:
-            self.point.mass.add_(mass.sum())
+            self._point.mass.add_(mass.sum())
         else:
-            self.point.mass.index_add_(0, self._forms.plus[forms], mass)
-        for targets, weight, points in self._sorted(forms, signs * weights, x):
-            moment = torch.empty(d + 1, d + 1, dtype=torch.float64, device=x.device)
+            self._point.mass.index_add_(0, self._forms.plus[forms], mass)
+        self._hold(self._points, (forms, signs * weights, x))
+
+    def add_spread(self, forms: Tensor, signs: Tensor, weights: Tensor, x: Tensor) -> None:
+        """Weighted x x' (N, d) about the points that :meth:`add` takes: the covariances that blurring makes."""
+        self._hold(self._spread, (forms, signs * weights, x))
+
+    def _hold(self, parts: list[_Part], part: _Part) -> None:
+        parts.append(part)
+        self._numbers += part[2].numel()
+        if self._numbers > self._most:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        a, b, c = self._coefficients
+        d, moments = self._d, self._point.moments
+        for targets, weight, points in self._taken(self._points):
+            moment = torch.empty(d + 1, d + 1, dtype=torch.float64, device=points.device)
             moment[:d, :d] = a * (points.mT @ (weight.unsqueeze(1) * points)).double()
             moment[:d, d] = moment[d, :d] = 0.5 * b * (weight @ points).double()
             moment[d, d] = c * weight.double().sum()
             for function, sign in targets:
-                self.point.moments[function].add_(moment, alpha=sign)
-
-    def add_spread(self, forms: Tensor, signs: Tensor, weights: Tensor, x: Tensor) -> None:
-        """Weighted x x' (N, d) about the points that :meth:`add` takes: the covariances that blurring makes."""
-        d = self._d
-        for targets, weight, points in self._sorted(forms, signs * weights, x):
-            second = self._coefficients[0] * (points.mT @ (weight.unsqueeze(1) * points)).double()
+                moments[function].add_(moment, alpha=sign)
+        for targets, weight, points in self._taken(self._spread):
+            second = a * (points.mT @ (weight.unsqueeze(1) * points)).double()
             for function, sign in targets:
-                self.point.moments[function, :d, :d].add_(second, alpha=sign)
+                moments[function, :d, :d].add_(second, alpha=sign)
+        self._numbers = 0
+
+    def _taken(self, parts: list[_Part]) -> Iterator[tuple[list[tuple[int, float]], Tensor, Tensor]]:
+        """What is held, sorted; nothing is held any more."""
+        if parts:
+            forms, weights, x = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts.clear()
+            yield from self._sorted(forms, weights, x)
 
     def _sorted(
         self, forms: Tensor, weights: Tensor, x: Tensor

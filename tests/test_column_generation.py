@@ -13,7 +13,7 @@ from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 from convex_head.errors import ConvergenceWarning, SolverError, ToleranceError, UnknownSolverError
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.solvers import Progress, SolveResult, Status, column_generation, get_solver
-from convex_head.solvers.column_generation import _sample_sizes
+from convex_head.solvers.column_generation import ColumnGeneration, _sample_sizes
 from convex_head.solvers.sdp import build
 
 LOSSES = ("crammer_singer", "multi_margin", "one_vs_rest")
@@ -153,14 +153,15 @@ def test_samples_are_left_after_a_bounded_effort(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(column_generation, "_SAMPLE_TOL", 1e-3)
     problem = breast_cancer(400, 20)
     taken: dict[int, list[int]] = {}
-    search = column_generation.minimise
+    correct = ColumnGeneration._correct
 
-    def counted(*args: Any, **settings: Any) -> Any:
-        found = search(*args, **settings)
-        taken.setdefault(settings["max_evaluations"], []).append(found[1])
-        return found
+    def counted(self: Any, problem: Any, state: Any, run: Any, most: int) -> bool:
+        before = run.extra["evaluations"]
+        reached = correct(self, problem, state, run, most)
+        taken.setdefault(most, []).append(run.extra["evaluations"] - before)
+        return reached
 
-    monkeypatch.setattr(column_generation, "minimise", counted)
+    monkeypatch.setattr(ColumnGeneration, "_correct", counted)
     result = solve(problem, tol=1e-2)
     assert result.converged and taken.keys() == {7, 1000}
     assert taken[7] == [7, 7] and max(taken[1000]) > 7

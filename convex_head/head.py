@@ -260,7 +260,7 @@ class ConvexRobustHead(nn.Module):
         return self
 
     def problem(self, features: Any, labels: Any) -> Any:
-        """The convex problem that ``fit`` solves on these data, in the head's units and with the gates that it has."""
+        """The convex problem that ``fit`` solves on these data, in the head's units, with its gates, for any tol."""
         self._check_fitted()
         x = check_features(features, self.in_features)
         y = check_labels(labels, x.shape[0], self.num_classes).to(x.device)

@@ -78,14 +78,15 @@ class Rows:
             held = torch.empty(self.n, self.d, dtype=dtype, device=self.device)
             for rows in self._slices():
                 held[rows] = self._read(self.order[rows])
+            self.digest()
             self._held = held
             self._source = held
 
     def _slices(self) -> list[slice]:
         return [slice(s, min(s + self.chunk_rows, self.n)) for s in range(0, self.n, self.chunk_rows)]
 
-    def _read(self, index: Tensor | slice) -> Tensor:
-        """Standardised rows of the source."""
+    def _read(self, index: Tensor | slice, dtype: torch.dtype | None = None) -> Tensor:
+        """Standardised rows of the source, in a dtype or that of the chunks."""
         if isinstance(self._source, Tensor):
             raw = self._source[index]
         elif isinstance(index, slice):
@@ -101,7 +102,7 @@ class Rows:
         wide = raw.to(self.device).double()
         if self._mean is not None and self._scale is not None:
             wide = (wide - self._mean) / self._scale
-        return wide.to(self.dtype)
+        return wide.to(dtype or self.dtype)
 
     def __iter__(self) -> Iterator[Chunk]:
         if self._held is not None:
@@ -122,14 +123,14 @@ class Rows:
         return torch.cat([chunk.x.double() for chunk in self])
 
     def digest(self) -> tuple[float, float]:
-        """Two sums that change with the labels and with the features of some rows."""
+        """Two sums that change with the labels and with the features of some rows, whatever the dtype of the chunks."""
         if self._digest is not None:
             return self._digest
         weight = torch.cos(torch.arange(self.n, dtype=torch.float64, device=self.device))
         some = torch.arange(0, self.n, max(1, self.n // 1000), device=self.device)
-        x = self._held[some] if self._held is not None else self._read(some)
         column = torch.cos(torch.arange(self.d, dtype=torch.float64, device=self.device))
-        self._digest = float(weight @ self.labels.double()), float(weight[some] @ (x.double() @ column))
+        features = weight[some] @ (self._read(self.order[some], torch.float64) @ column)
+        self._digest = float(weight @ self.labels.double()), float(features)
         return self._digest
 
     def sample(self, count: int, seed: int, first: int = 0, total: int | None = None) -> Rows:

@@ -62,7 +62,8 @@ class Polynomial(Activation):
         self, data: TrainingData, task: Task, *, weights: Weights, start: Any = None, seed: int | None = None
     ) -> PolynomialProblem:
         numbers = data.shard.total(data.features.shape[0]) * data.features.shape[1]
-        is_single = str(data.features.dtype).endswith("float32") and task.tol >= _COARSE
+        # Of several processes all take one dtype.
+        is_double = data.shard.any(not str(data.features.dtype).endswith("float32") or task.tol < _COARSE)
         return PolynomialProblem(
             data.features,
             data.labels,
@@ -71,7 +72,7 @@ class Polynomial(Activation):
             reg=task.reg,
             loss=task.loss,
             coefficients=self.coefficients,
-            dtype=torch.float32 if numbers > (_OWN_FLOAT32_ABOVE if is_single else _FLOAT32_ABOVE) else torch.float64,
+            dtype=torch.float32 if numbers > (_FLOAT32_ABOVE if is_double else _OWN_FLOAT32_ABOVE) else torch.float64,
             mean=data.mean,
             scale=data.scale,
             stream=is_mapped(data.features),

@@ -16,9 +16,24 @@ from convex_head.rows import Chunk
 # Numbers of worst-case points made at once, and held before they are summed up: products of many rows are cheaper.
 _DENSE, _GPU_DENSE = 1 << 23, 1 << 28
 _HELD, _GPU_HELD = 1 << 22, 1 << 27
+# Rows of a product in the dtype of the points; its results are summed up in float64.
+_ROWS = 1 << 12
 
 # Forms, signed weights and points, (N,), (N,) and (N, d).
 _Part = tuple[Tensor, Tensor, Tensor]
+
+
+def moment_of(weight: Tensor, points: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """Sum of weight M(x) over points x (N, d), weights (N,): (d + 1, d + 1), float64."""
+    a, b, c = coefficients
+    d = points.shape[1]
+    moment = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=points.device)
+    for w, x in zip(weight.split(_ROWS), points.split(_ROWS), strict=True):
+        moment[:d, :d] += a * (x.mT @ (w.unsqueeze(1) * x)).double()
+        moment[:d, d] += 0.5 * b * (w @ x).double()
+    moment[d, :d] = moment[:d, d]
+    moment[d, d] = c * weight.double().sum()
+    return moment
 
 
 class MomentSums:
@@ -64,31 +79,27 @@ class MomentSums:
         self._hold(self._spread, (forms, signs * weights, x))
 
     def _hold(self, parts: list[_Part], part: _Part) -> None:
+        if self._numbers and self._numbers + part[2].numel() > self._most:
+            self._sum_up()
         parts.append(part)
         self._numbers += part[2].numel()
-        if self._numbers > self._most:
-            self._sum_up()
 
     def _sum_up(self) -> None:
-        a, b, c = self._coefficients
         d, moments = self._d, self._point.moments
         for targets, weight, points in self._taken(self._points):
-            moment = torch.empty(d + 1, d + 1, dtype=torch.float64, device=points.device)
-            moment[:d, :d] = a * (points.mT @ (weight.unsqueeze(1) * points)).double()
-            moment[:d, d] = moment[d, :d] = 0.5 * b * (weight @ points).double()
-            moment[d, d] = c * weight.double().sum()
+            moment = moment_of(weight, points, self._coefficients)
             for function, sign in targets:
                 moments[function].add_(moment, alpha=sign)
         for targets, weight, points in self._taken(self._spread):
-            second = a * (points.mT @ (weight.unsqueeze(1) * points)).double()
+            moment = moment_of(weight, points, self._coefficients)
             for function, sign in targets:
-                moments[function, :d, :d].add_(second, alpha=sign)
+                moments[function, :d, :d].add_(moment[:d, :d], alpha=sign)
         self._numbers = 0
 
     def _taken(self, parts: list[_Part]) -> Iterator[tuple[list[tuple[int, float]], Tensor, Tensor]]:
         """What is held, sorted; nothing is held any more."""
         if parts:
-            forms, weights, x = (torch.cat(part) for part in zip(*parts, strict=True))
+            forms, weights, x = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
             parts.clear()
             yield from self._sorted(forms, weights, x)
 

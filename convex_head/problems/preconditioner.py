@@ -24,8 +24,8 @@ from convex_head.shards import Whole
 
 # With more functions than this all share one G.
 _OWN = 64
-# Curvature below this share of that of the regulariser is left out.
-_FELT = 0.1
+# Curvature below this share of that of the regulariser is left out; above so many times it double precision is needed.
+_FELT, _STEEP = 0.1, 1e5
 
 
 def preconditioner(
@@ -82,12 +82,17 @@ def preconditioner(
     shard.sum(gram, outer, count)
     outer /= count.clamp_min(1)[:, None, None]
     s, left = torch.linalg.eigh(outer)
-    g, right = torch.linalg.eigh((share * gram).to(scan.rows.dtype))
+    gram, dtype = share * gram, scan.rows.dtype
+    # An inverse as small as this is a difference that single precision does not give.
+    steepest = s.amax(-1) * torch.diagonal(gram, dim1=-2, dim2=-1).sum(-1) / (2 * reg)
+    if not bool((steepest <= _STEEP).all()):
+        dtype = torch.float64
+    g, right = torch.linalg.eigh(gram.to(dtype))
     ratio = s.clamp_min(0).unsqueeze(-1) * g.double().clamp_min(0).unsqueeze(-2) / (2 * reg)
     # Eigenvalues come in ascending order: from the first that makes itself felt anywhere.
     first = int((ratio.amax((0, 1)) <= _FELT).sum())
     right, change = right[..., first:].contiguous(), -ratio[..., first:] / (1 + ratio[..., first:])
-    left, right, change = (part.to(scan.rows.dtype) for part in (left, right, change))
+    left, right, change = (part.to(dtype) for part in (left, right, change))
 
     def apply(gradient: Tensor) -> Tensor:
         g = gradient.to(left.dtype)

@@ -13,11 +13,11 @@ constraint. It is linear in s, and
     minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes on a face of S
 
 is solved by conjugate gradients in products with the points alone: no worst case is solved. On that face slopes that
-the smoothed problem leaves no room stay, those at zero that would fall stay, and slopes of an example that sum up to
-their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on their sum. The
-slopes are then put back into S and the exact oracle bounds what they prove. The neurons u are those of the network and
-the oracle's best; a further round takes the worst neurons that the round before has left. Margins of one function alone
-are not repaired: their bounds are good as they are, and a repair costs more than it saves.
+the smoothed problem leaves no room stay, and those at a limit of their own that would pass it; slopes of an example
+that sum up to their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on
+their sum. The slopes are then put back into S and the exact oracle bounds what they prove. The neurons u are those of
+the network and the oracle's best; a further round takes the worst neurons that the round before has left. Margins of
+one function alone are not repaired: their bounds are good as they are, and a repair costs more than it saves.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.dual import DualPoint, OracleAnswer, oracle
 from convex_head.problems.dual_rows import DualRows, RowLayout
 from convex_head.problems.losses import MarginLoss
+from convex_head.problems.moments import moment_of
 from convex_head.shards import Whole
 
 _ROUNDS = 8
@@ -223,13 +224,8 @@ def _least_squares(system: _Stationarity, downhill: Tensor, face: _Face, shard: 
 
 def _dual_point(layout: RowLayout, slope: Tensor, coefficients: tuple[float, float, float], shard: Whole) -> DualPoint:
     """Mass and moments of slopes on the points of a layout."""
-    a, b, c = coefficients
-    functions, d = len(layout.points), layout.points[0].shape[1]
-    moments = torch.empty(functions, d + 1, d + 1, dtype=torch.float64, device=slope.device)
-    for own, weight, x in zip(moments, layout.spread(slope), layout.points, strict=True):
-        own[:d, :d] = a * (x.T @ (weight.unsqueeze(-1) * x)).double()
-        own[:d, d] = own[d, :d] = 0.5 * b * (weight @ x).double()
-        own[d, d] = c * weight.double().sum()
+    parts = zip(layout.spread(slope), layout.points, strict=True)
+    moments = torch.stack([moment_of(weight, x, coefficients) for weight, x in parts])
     mass = slope.double().sum().view(1)
     shard.sum(mass, moments)
     return DualPoint(mass, moments)

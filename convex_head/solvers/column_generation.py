@@ -266,7 +266,8 @@ class ColumnGeneration(Solver):
 
     def _correct(self, problem: Any, state: _State, run: Run, most: int) -> bool:
         """Minimise the smoothed problem over the neurons of the network; returns whether to the state's accuracy."""
-        looks = list(_AFRESH) if state.centre is None else []
+        is_kept = self._memory.holds(state.network.size, problem.d)
+        looks = list(_AFRESH) if state.centre is None and is_kept else []
         left = most
         while True:
             before, piece = run.extra["evaluations"], min(left, looks.pop(0) if looks else left)

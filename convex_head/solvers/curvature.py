@@ -34,6 +34,11 @@ class CurvatureMemory:
             memory.changes = list(tensors["changes"].to(network.directions.device))
         return memory
 
+    @staticmethod
+    def holds(neurons: int, d: int) -> bool:
+        """Whether pairs of a network of this size are kept."""
+        return 2 * MEMORY * neurons * d <= _LIMIT
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
         return {"steps": torch.stack(self.steps), "changes": torch.stack(self.changes)} if self.steps else {}
@@ -59,7 +64,7 @@ class CurvatureMemory:
         """Take pairs over: rows of the slots ``alive`` (F, m), of which ``keep`` stay in the network."""
         self.steps, self.changes = [], []
         for step, change in pairs:
-            if 2 * MEMORY * int(keep.sum()) * step.shape[-1] > _LIMIT:
+            if not self.holds(int(keep.sum()), step.shape[-1]):
                 return
             self.steps.append(step[alive][keep])
             self.changes.append(change[alive][keep])

@@ -66,8 +66,12 @@ class Corrections:
     def append(self, step: Tensor, change: Tensor) -> None:
         """Keep a pair, unless its curvature is not positive beyond rounding."""
         dtype = self.dtype or step.dtype
-        s, y = step.reshape(-1).to(dtype), change.reshape(-1).to(dtype)
-        if not bool(s @ y > _CURVED * s.norm() * y.norm()):
+        least = max(_CURVED, torch.finfo(dtype).eps)
+        s, y = step.reshape(-1), change.reshape(-1)
+        is_curved = s @ y > least * s.norm() * y.norm()
+        s, y = s.to(dtype), y.to(dtype)
+        # The second: where that is too small for the dtype.
+        if not bool(is_curved & (s @ y > 0)):
             return
         if self._count == 0:
             self._shape, self._first = tuple(step.shape), 0
@@ -152,8 +156,8 @@ def minimise(
             pairs.clear()
             continue
         length = 1.0 if pairs else min(1.0, abs(value) / max(-slope, 1e-300))
-        accepted = False
-        while evaluations < max_evaluations and not stop():
+        accepted = failed = False
+        while not failed and evaluations < max_evaluations and not stop():
             candidate = x + length * direction
             new_value, new_gradient = objective(candidate)
             evaluations += 1
@@ -164,10 +168,9 @@ def minimise(
                 break
             curvature = 2 * (new_value - value - length * slope) / length**2
             length = min(0.5 * length, max(0.1 * length, -slope / curvature if curvature > 0 else 0.0))
-            if length < 1e-12:
-                break
+            failed = length < 1e-12
         if not accepted:
-            if not pairs:
+            if not failed or not pairs:
                 break
             pairs.clear()
             continue

@@ -1,5 +1,6 @@
 """Limited-memory BFGS: the minimum of a quadratic, and values that are known up to rounding only."""
 
+import itertools
 import math
 
 import pytest
@@ -141,6 +142,38 @@ def test_pairs_in_single_precision_give_nearly_the_same_directions() -> None:
     assert all(step.dtype == change.dtype == torch.float32 for step, change in single) and len(single) == 30
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, double.direction(gradient, lambda x: x), rtol=1e-3, atol=1e-4)
+
+
+def test_curvature_within_the_rounding_of_single_precision_is_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    single, double = Corrections(dtype=torch.float32), Corrections()
+    for _ in range(50):
+        step, other = (torch.randn(20_000, generator=generator, dtype=torch.float64) for _ in range(2))
+        other -= (other @ step / step.square().sum()) * step
+        for share in (-1e-9, 1e-9):
+            single.append(step, other + share * other.norm() / step.norm() * step)
+            double.append(step, other + share * other.norm() / step.norm() * step)
+    assert len(single) == 0 and len(double) == 50
+    single.append(torch.full((3,), 1e-30, dtype=torch.float64), torch.full((3,), 1e-30, dtype=torch.float64))
+    assert len(single) == 0
+
+
+def test_a_search_that_is_cut_keeps_its_pairs() -> None:
+    """Wherever the limit falls, in a line search too."""
+
+    def objective(x: Tensor) -> tuple[float, Tensor]:
+        x = x.clone().requires_grad_(True)
+        value = (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        return float(value.detach()), torch.autograd.grad(value, x)[0]
+
+    start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    settings = {"stop": lambda: False, "metric": lambda x: 1e-3 * x, "converged": lambda x, gradient: False}
+    kept = []
+    for limit in range(2, 30):
+        pairs = Corrections()
+        minimise(objective, start, max_evaluations=limit, pairs=pairs, **settings)
+        kept.append(len(pairs))
+    assert kept == sorted(kept) and kept[-1] > 5 and any(a == b for a, b in itertools.pairwise(kept))
 
 
 def test_without_pairs_the_direction_is_that_of_the_metric() -> None:

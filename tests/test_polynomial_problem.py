@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convex_head.adversary.margins import PackedNetwork
+from convex_head.adversary.margins import Forms, PackedNetwork
+from convex_head.problems import moments
 from convex_head.problems.base import Network
 from convex_head.problems.losses import get_loss
 from convex_head.problems.polynomial import PolynomialProblem
@@ -309,3 +310,27 @@ def test_smoothing_is_all_that_its_gap_leaves_to_slopes_and_points(classes: int,
     assert report.smoothing >= -1e-9
     if blur:
         assert report.smoothing > problem.dual_point(packed, 0.5, 0.0).smoothing
+
+
+@pytest.mark.parametrize("held", [1, 1 << 22])
+def test_moments_in_single_precision_are_summed_up_in_double(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million rows of the same sign in one product of single precision would lose three digits."""
+    monkeypatch.setattr(moments, "_HELD", held)
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + torch.randn(400_000, 3, generator=generator)
+    weight = torch.rand(len(x), generator=generator) / len(x)
+    forms = Forms.build(2, False, torch.device("cpu"))
+    sums = moments.MomentSums(forms, pairwise=False, num_functions=1, d=3, coefficients=(0.09, 0.5, 0.47))
+    for part in torch.arange(len(x)).chunk(7):
+        sums.add(torch.zeros_like(part), torch.ones(len(part)), weight[part], x[part])
+    sums.add_spread(torch.zeros(2, dtype=torch.long), torch.ones(2), torch.tensor([0.1, 0.2]), torch.eye(3)[:2])
+    lifted = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
+    expected = (lifted.T * weight.double()) @ lifted
+    expected[:3, :3] *= 0.09
+    expected[3, :3] *= 0.25
+    expected[:3, 3] *= 0.25
+    expected[3, 3] *= 0.47
+    expected[0, 0] += 0.09 * 0.1
+    expected[1, 1] += 0.09 * 0.2
+    torch.testing.assert_close(sums.point.moments[0], expected, rtol=1e-6, atol=0)
+    assert float(sums.point.mass) == pytest.approx(float(weight.double().sum()), rel=1e-12)

@@ -18,7 +18,7 @@ RANK = """
 import json, os, sys, warnings
 import torch, torch.distributed as dist
 from sklearn.datasets import load_iris
-from convex_head import ConvexRobustHead
+from convex_head import ConvexRobustHead, activations
 torch.set_num_threads(1)
 rank, lost = int(sys.argv[1]), sys.argv[3] == "lost"
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
@@ -26,6 +26,9 @@ x, y = (torch.as_tensor(v) for v in load_iris(return_X_y=True))
 mine = slice(0, 70) if rank == 0 else slice(70, 150)
 if sys.argv[3] == "one class":
     y = torch.zeros_like(y)
+if sys.argv[3] == "precisions":
+    activations.polynomial._OWN_FLOAT32_ABOVE = 100
+    x = x.float() if rank == 0 else x
 def leave(line):
     if lost and rank == 1 and line.iteration == 2:
         os._exit(3)
@@ -81,6 +84,12 @@ problem = PolynomialProblem(x[mine], y[mine], num_classes=2, radius=0.0, reg=0.1
 part = problem.sample(300, 0)
 print(part.n, part.shard.first, part.sample(40, 1).features.squeeze(1).tolist(), sep=";")
 """
+
+
+def test_processes_with_features_of_different_precision_take_one(tmp_path: Path) -> None:
+    first, second = ranks(tmp_path, "precisions")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert json.loads(first.stdout) == json.loads(second.stdout)
 
 
 def test_processes_draw_a_sample_of_a_sample_as_one_does(tmp_path: Path) -> None:

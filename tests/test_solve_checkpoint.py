@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_iris
 
-from convex_head import ConvexRobustHead
+from convex_head import ConvexRobustHead, activations
 from convex_head.errors import ConvergenceWarning, ResumeMismatchError, SolveCheckpointError
 
 X, Y = load_iris(return_X_y=True)
@@ -31,6 +32,18 @@ def test_an_interrupted_fit_ends_in_the_same_head(tmp_path: Path) -> None:
     assert resumed.result_.extra["evaluations"] == straight.result_.extra["evaluations"]
     assert torch.equal(resumed.result_.multipliers.slopes, straight.result_.multipliers.slopes)
     assert resumed.result_.multipliers.width == straight.result_.multipliers.width
+
+
+def test_a_checkpoint_goes_on_in_the_other_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller tol needs double precision: the problem is the same, and its multipliers and pairs are taken over."""
+    monkeypatch.setattr(activations.polynomial, "_OWN_FLOAT32_ABOVE", 50)
+    single, path = X.astype(np.float32), tmp_path / "c"
+    with pytest.warns(ConvergenceWarning, match="interrupted"):
+        rough = head().fit(single, Y, tol=1e-3, checkpoint=path, callback=lambda line: line.iteration >= 2)
+    fine = head().fit(single, Y, tol=5e-4, checkpoint=path)
+    assert fine.result_.gap <= 5e-4 < rough.result_.gap
+    assert [line.gap for line in fine.result_.history][:2] == [line.gap for line in rough.result_.history][:2]
+    assert rough.result_.primal >= fine.result_.dual and fine.result_.primal >= rough.result_.dual
 
 
 def test_a_checkpoint_of_another_problem_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

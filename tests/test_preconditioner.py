@@ -48,6 +48,18 @@ def test_single_precision_serves() -> None:
     torch.testing.assert_close(found, problem().metric(packed, MU)(g), rtol=1e-3, atol=1e-3 * float(found.abs().max()))
 
 
+def test_steep_curvature_is_inverted_in_double_precision() -> None:
+    """An inverse a millionth of the largest is rounding in single precision, of either sign."""
+    x, y = synthetic_features(400, 24, 4, seed=0)
+    of = PolynomialProblem(x.double(), y, num_classes=4, radius=0.5, reg=1e-7, dtype=torch.float32)
+    packed = of.pack(of.random_network(4, 0))
+    metric = of.metric(packed, 0.03)
+    unit = torch.eye(packed.vectors.numel(), dtype=torch.float64).view(-1, *packed.vectors.shape)
+    whole = torch.stack([2 * of.reg * metric(row).reshape(-1) for row in unit])
+    least, *_, largest = torch.linalg.eigvalsh(0.5 * (whole + whole.T)).tolist()
+    assert 0 < least < 1e-6 < largest <= 1
+
+
 def test_a_search_far_from_its_minimum_takes_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     convex, taken, metric = problem(), [], PolynomialProblem.metric
     passes: list[int] = []

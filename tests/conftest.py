@@ -1,9 +1,13 @@
 """One thread a worker: the suite runs on several workers, and small tensors gain nothing from more."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# For `import benchmarks`; last, so that convex_head is the installed one.
+sys.path.append(str(Path(__file__).parent.parent))
 
 import pytest
 import torch

@@ -1,15 +1,10 @@
 """Networks of the scale benchmark, as wide as it says."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
 
-
-def test_widened_networks_are_about_the_same_function(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_widened_networks_are_about_the_same_function():
     from benchmarks.scale import widened
     from convex_head.problems.base import Network
 

@@ -146,8 +146,7 @@ def test_gpu_measures_passes_fits_and_agreement(published):
     assert fit["objective"] == pytest.approx(fit["cpu_objective"]) and fit["cpu"] > 0
 
 
-def test_gpu_compares_in_double_precision(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_gpu_compares_in_double_precision():
     from benchmarks.gpu import MU, numbers_of, problem
 
     generator = torch.Generator().manual_seed(0)
@@ -163,8 +162,7 @@ def test_gpu_compares_in_double_precision(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_says_that_there_is_none(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_gpu_says_that_there_is_none():
     from benchmarks.gpu import main
     from convex_head.errors import InputError
 
@@ -201,8 +199,7 @@ def test_solvers_put_finished_parts_together(published, tmp_path):
     assert told == "" and not (tmp_path / "no").exists()
 
 
-def test_solvers_run_again_with_other_settings(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT)
+def test_solvers_run_again_with_other_settings(tmp_path):
     from benchmarks.solvers import kept, run
     from benchmarks.solvers_controls import Controls
 
@@ -216,8 +213,7 @@ def test_solvers_run_again_with_other_settings(monkeypatch, tmp_path):
     assert kept(Controls("linear", "digits", n=60, d=64, tests=20), tmp_path, 1) is None
 
 
-def test_the_sdp_is_never_given_much(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_the_sdp_is_never_given_much():
     from benchmarks.solvers import full, quick
 
     for tasks, most in ((quick(), 100), (full(), 455)):
@@ -231,8 +227,7 @@ def test_the_sdp_is_never_given_much(monkeypatch):
         assert len({task.name for task in tasks}) == len(tasks)
 
 
-def test_linear_worst_cases(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_linear_worst_cases():
     from benchmarks.solvers_controls import linear_margins
 
     generator = torch.Generator().manual_seed(0)
@@ -247,8 +242,7 @@ def test_linear_worst_cases(monkeypatch):
             assert worst[i, column] == pytest.approx(float(scores[y[i]] - scores[other]))
 
 
-def test_epochs_are_linear_in_the_rows(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_epochs_are_linear_in_the_rows():
     from benchmarks.solvers_controls import epoch
 
     # A step of r rows takes 1 + 2 r seconds: 1,050 rows in 11 steps.
@@ -256,8 +250,7 @@ def test_epochs_are_linear_in_the_rows(monkeypatch):
     assert epoch(100, 4.0, 17.0, rows=(2, 8)) == pytest.approx(100 * 13 / 6)
 
 
-def test_kept_features_are_used_as_they_are(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT)
+def test_kept_features_are_used_as_they_are(tmp_path):
     from benchmarks.solvers_data import backbone_features
 
     written = np.arange(5 * 512, dtype=np.float32).reshape(5, 512)
@@ -269,8 +262,7 @@ def test_kept_features_are_used_as_they_are(monkeypatch, tmp_path):
     ("status", "ratio", "shown"),
     [("converged", 2.0, "2"), ("max_time", 2.0, "> 2"), ("max_iter", 2.0, None), ("failed", None, None)],
 )
-def test_ratios_say_when_they_are_bounds(monkeypatch, status, ratio, shown):
-    monkeypatch.syspath_prepend(ROOT)
+def test_ratios_say_when_they_are_bounds(status, ratio, shown):
     from benchmarks.solvers_report import ratio_shown
 
     assert ratio_shown(status, ratio) == shown
@@ -309,8 +301,7 @@ def test_fashion_mnist_goes_on_from_a_leaderboard(published, tmp_path):
     assert take_known(tmp_path, entries) == 0
 
 
-def test_fashion_mnist_records_can_be_checked_and_repeated(published, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_fashion_mnist_records_can_be_checked_and_repeated(published):
     from benchmarks.fashion_mnist import QUICK, Plan, parsed
     from convex_head.certificate_check import check_certificate
     from convex_head.feature_files import read_features
@@ -351,8 +342,7 @@ def test_layers_and_polynomials_are_certified(published):
     assert (five["a"], five["b"], five["c"]) == pytest.approx((0.09375, 0.5, 0.46875))
 
 
-def test_least_squares_coefficients(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_least_squares_coefficients():
     from benchmarks.coefficients import fit_on_interval, fit_to
 
     assert fit_to(torch.linspace(-3, 3, 20001)) == pytest.approx(fit_on_interval(3.0), abs=1e-3)
@@ -379,8 +369,7 @@ def test_harness_and_autoattack_agree():
     assert len(found["robust_correct"]) == 1 and found["n"] == 24
 
 
-def test_synthetic_features_share_their_clusters(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_synthetic_features_share_their_clusters():
     from benchmarks.common import synthetic_features
 
     first, labels = synthetic_features(2000, 16, 3, seed=0)

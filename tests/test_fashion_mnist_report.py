@@ -1,18 +1,14 @@
 """The report of the Fashion-MNIST suite, from made-up records: pairs, means over seeds, networks of several sizes."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from convex_head.records import EvalRecord
 from convex_head.threat import ThreatModel
 
-ROOT = Path(__file__).parent.parent
 
-
-def test_suite_pairs_and_averages_over_seeds(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_suite_pairs_and_averages_over_seeds():
     from benchmarks.fashion_mnist_report import rows_of
 
     rows = rows_of(
@@ -32,8 +28,7 @@ def test_suite_pairs_and_averages_over_seeds(monkeypatch):
     assert by["own"]["own"] is None
 
 
-def test_suite_tells_architectures_apart(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_suite_tells_architectures_apart():
     from benchmarks.fashion_mnist_report import _panels, rows_of, verdict
 
     cells = [("own", "11110000", "tiny"), ("own", "11000000", "small"), ("linear", "11100000", "small")]
@@ -74,8 +69,7 @@ def made(head, seed, marks, arch="tiny"):
     )
 
 
-def test_measurements_name_the_machine_that_made_them(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+def test_measurements_name_the_machine_that_made_them():
     from benchmarks.fashion_mnist_report import flat
 
     hardware = {"device": "cuda", "device_name": "a GPU", "processor": "a processor", "cpus": 16}

@@ -78,7 +78,6 @@ def test_published_entries_are_of_this_history_and_their_gaps_have_bounds():
 
 def test_published_commands_ask_for_their_entries(monkeypatch):
     """Parsed as the programs parse them: the row or cell is there, with its threat, points and attacks."""
-    monkeypatch.syspath_prepend(BOARD.parent)
     from benchmarks.fashion_mnist import Cell, parsed
 
     asked = []

@@ -25,7 +25,7 @@ from convex_head.certificate_check import certificate_facts
 from convex_head.errors import ConvergenceWarning
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
-from convex_head.robustify import robustify
+from convex_head.robustify import GRIDS, robustify
 from convex_head.splice import Backbone, replace_head
 from convex_head.threat import ThreatModel
 
@@ -155,12 +155,15 @@ def _convex(
     rounds: int = 0,
     radii: tuple[float, ...] | None = None,
     regs: tuple[float, ...] | None = None,
+    standardise: str = "scale",
+    max_clean_drop: float | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, Card]:
     """``robustify`` with radius="auto"; then the chosen head once more by itself, for the cost of one fit."""
     choose: Card = {"radii": radii or effort.radii, "regs": regs or effort.regs}
-    choose["rounds"] = rounds
+    choose |= {"rounds": rounds, "max_clean_drop": max_clean_drop}
     common = {"at": at, "tol": effort.tol, "max_seconds": effort.max_seconds, "seed": seed, **settings}
+    common["standardise"] = standardise
     pair = (data.images, data.labels)
     with warnings.catch_warnings():
         # Gaps stand in the card and in the table.
@@ -169,7 +172,7 @@ def _convex(
             spliced = robustify(model, pair, threat, **choose, **common)
         head, path = spliced.head, spliced.path_
         assert isinstance(head, ConvexRobustHead)
-        best = max(path, key=lambda candidate: (candidate.robust, candidate.clean))
+        best = next(candidate for candidate in path if candidate.chosen)
         with measured() as last:
             robustify(model, pair, threat, radius=head.radius, reg=head.reg, rounds=best.round, **common)
     card = {
@@ -185,6 +188,9 @@ def _convex(
 # On the SAM backbone the first grid ended at its largest radius; a second one, at the reg that was best there.
 _WIDE: Card = {"radii": (2.0, 3.0, 4.0, 6.0), "regs": (0.03,)}
 
+# A radius of 1 is what the threat reaches.
+_WHITENED: Card = dict(zip(("radii", "regs"), GRIDS["whiten"], strict=True)) | {"standardise": "whiten"}
+
 HEADS: dict[str, Fit] = {
     "own": _own,
     "linear": _linear,
@@ -194,10 +200,12 @@ HEADS: dict[str, Fit] = {
     "mlp_at_deep": partial(_mlp, recipe=PGDAdversarialTraining(), at="pool"),
     "convex": _convex,
     "convex_wide": partial(_convex, **_WIDE),
-    "convex_whitened": partial(_convex, standardise="whiten", **_WIDE),
+    "convex_whitened": partial(_convex, **_WHITENED),
     "convex_rounds": partial(_convex, rounds=2, **_WIDE),
     "convex_deep": partial(_convex, at="pool"),
     "convex_deep_rounds": partial(_convex, at="pool", rounds=4, radii=(0.5, 2.0), regs=(0.1,)),
+    "convex_deep_whitened": partial(_convex, at="pool", **_WHITENED),
+    "convex_deep_whitened_clean": partial(_convex, at="pool", max_clean_drop=0.01, **_WHITENED),
     "convex_deep_wide": partial(_convex, at="pool", radii=(4.0, 8.0), regs=(0.3, 0.1)),
     "relu": partial(_convex, activation="relu"),
     "gated_relu": partial(_convex, activation="gated_relu"),

@@ -1,11 +1,16 @@
-"""The ellipsoid in which attacks move features: a linear map that makes it a ball, in front of a head.
+"""The ellipsoid that features reach under a pixel threat: a linear map that makes it a ball, in front of a head.
 
-With z = (phi(x) - mean) / std and d = z(x') - z(x) for images x' that an attack found,
+With z = (phi(x) - mean) / std, a direction v drawn at random for every image, and images x' in the threat's ball
+that ascend v'z,
 
-    S = E[d d'] + shrink tr(S)/p I,     map(z) = s S^(-1/2) z,     s^2 = p / tr(S^(-1))
+    S = E[d d'] + shrink tr(S)/p I,   d = z(x') - z(x),     map(z) = s S^(-1/2) z,
 
-so that the squared gain is 1 on average over directions. A ball of radius r behind the map is an ellipsoid in
-front of it, longer where attacks move the features more. The map is affine, so that every certificate stays exact.
+where s makes the reach 1: the mean of w'(map(z(x')) - map(z(x))) over unit vectors w drawn at random, for x' that
+ascend it. A ball of radius 1 behind the map then goes as far as the threat moves features in a direction that it aims
+at; in front of the map it is an ellipsoid, longer where images move the features more. Directions are drawn at random
+because they have to be those of a head that does not exist yet: what attacks on the network's own head move says
+little about where another head could be attacked. Neither labels nor a head are needed. The map is affine, so that
+every certificate stays exact.
 """
 
 from __future__ import annotations
@@ -14,16 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from convex_head.baselines.pgd import maximise
+from convex_head.errors import InputError
 from convex_head.features import extract_features
 from convex_head.threat import ThreatModel
 
 _SHRINK = 0.1
 _STEPS = 10
+# Images, each with a direction, and steps of eps/2 along it.
+_DRAWS, _DIRECTED_STEPS = 2000, 3
+# A reach below this is rounding.
+_LEAST = 1e-6
 
 
 def attacked_images(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, batch: int = 256) -> Tensor:
     """Images (n, ...) after ascent on max_{k != y} f_k - f_y of ``model``, ten steps of eps/4."""
-    found, device = [], next((p.device for p in model.parameters()), images.device)
+    found, device = [], _device(model, images)
     for part, y in zip(images.split(batch), labels.to(device).split(batch), strict=True):
         x = part.to(device)
 
@@ -37,28 +47,71 @@ def attacked_images(model: nn.Module, images: Tensor, labels: Tensor, threat: Th
 
 
 def displacement_map(
-    model: nn.Module, backbone: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel
+    backbone: nn.Module, images: Tensor, features: Tensor, threat: ThreatModel, *, seed: int = 0, batch: int = 256
 ) -> nn.Linear:
     """The map of the module's docstring, standardisation included; features (n, p) to (n, p).
 
     Args:
-        model: images to logits; what is attacked.
         backbone: images to features (n, p).
-        images, labels: (n, ...) and (n,); a few thousand are enough.
+        images: (n, ...); 2,000 of them are moved.
+        features: (n, p), those of the images.
         threat: Linf or L2, in pixels.
+        seed: of the directions.
+        batch: images together.
+
+    Raises:
+        InputError: the threat moves no feature.
     """
-    clean = extract_features(backbone, images).double()
-    moved = extract_features(backbone, attacked_images(model, images, labels, threat)).double()
-    mean, std = clean.mean(0), clean.std(0)
-    std = torch.where(std > 1e-12 * clean.abs().amax(0), std, 1.0)
-    shift = (moved - clean) / std
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(images), generator=generator)[:_DRAWS]
+    wide = features.double()
+    mean, std = wide.mean(0), wide.std(0)
+    std = torch.where(std > 1e-12 * wide.abs().amax(0), std, 1.0)
+    few, width = images[rows.to(images.device)], len(std)
+    clean = extract_features(backbone, few, batch_size=batch).double().to(std.device)
+
+    def moved(root: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit directions (N, p) behind ``root``, and the displacements (N, p) of images that ascend them."""
+        directions = torch.randn(len(few), width, generator=generator, dtype=torch.float64)
+        directions = (directions / directions.norm(dim=1, keepdim=True)).to(std.device)
+        found = _ascended(backbone, few, directions @ root / std, threat, batch)
+        return directions, (extract_features(backbone, found, batch_size=batch).double().to(std.device) - clean) / std
+
+    identity = torch.eye(width, dtype=torch.float64, device=std.device)
+    _, shift = moved(identity)
     covariance = shift.mT @ shift / len(shift)
-    width = len(std)
-    covariance += _SHRINK * covariance.trace() / width * torch.eye(width, dtype=torch.float64, device=std.device)
+    if not float(covariance.trace()) > _LEAST**2:
+        raise InputError(
+            f"images within {threat.norm} {threat.eps:g} must move the features; found displacements of "
+            f"{float(covariance.trace()) ** 0.5:.2g} deviations. Are the backbone's gradients zero?"
+        )
+    covariance += _SHRINK * covariance.trace() / width * identity
     values, vectors = torch.linalg.eigh(covariance)
-    root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT * (width / values.reciprocal().sum()).sqrt()
-    weight = root / std
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
+    directions, shift = moved(root)
+    reach = float((directions * (shift @ root)).sum(1).mean())
+    if not reach > _LEAST:
+        raise InputError(f"images that ascend a feature must raise it; found a mean change of {reach:.2g}.")
+    weight = root / (reach * std)
     linear = nn.Linear(width, width, device=std.device)
     linear.weight.data.copy_(weight)
     linear.bias.data.copy_(-weight @ mean)
     return linear.requires_grad_(False)
+
+
+def _ascended(backbone: nn.Module, images: Tensor, directions: Tensor, threat: ThreatModel, batch: int) -> Tensor:
+    """Images (N, ...) that ascend directions (N, p) of the features."""
+    found, device = [], _device(backbone, images)
+    for part, along in zip(images.split(batch), directions.split(batch), strict=True):
+        x, along = part.to(device), along.to(device)
+
+        def progress(features: Tensor, along: Tensor = along) -> Tensor:
+            return (features.flatten(1) * along.to(features.dtype)).sum()
+
+        moved = maximise(backbone, x, threat, progress, start=x, steps=_DIRECTED_STEPS, step_size=threat.eps / 2)
+        found.append(moved.to(images.device))
+    return torch.cat(found)
+
+
+def _device(model: nn.Module, images: Tensor) -> torch.device:
+    return next((p.device for p in model.parameters()), images.device)

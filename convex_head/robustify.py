@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, cast
 
@@ -27,11 +27,13 @@ from convex_head.splice import SplicedModel, replace_head
 from convex_head.threat import ThreatModel
 from convex_head.validation import check_radius, check_reg
 
-RADII = (0.25, 0.5, 1.0, 2.0)
-REGS = (0.1, 0.03)
+# (radii, regs) of "auto", in the units of either standardisation.
+GRIDS = {
+    "whiten": ((0.5, 0.7, 1.0, 2.0), (0.01, 0.003)),
+    "scale": ((0.25, 0.5, 1.0, 2.0), (0.1, 0.03)),
+}
 _LOOSE = 5.0
-# Images whose displacements make the ellipsoid.
-_WHITEN_FROM = 2000
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Candidate:
         clean, robust: accuracy on the validation images, without attack and under the validation attack.
         gap: its relative duality gap.
         round: adversarial rounds before it; 0 is a fit on clean features.
+        chosen: its settings are those of the head that is returned.
     """
 
     radius: float
@@ -51,6 +54,7 @@ class Candidate:
     robust: float
     gap: float
     round: int = 0
+    chosen: bool = False
 
 
 def robustify(
@@ -61,15 +65,16 @@ def robustify(
     radius: float | str = "auto",
     reg: float | str = "auto",
     at: str | None = None,
-    radii: Sequence[float] = RADII,
-    regs: Sequence[float] = REGS,
+    radii: Sequence[float] | None = None,
+    regs: Sequence[float] | None = None,
     validation_share: float = 0.2,
     tol: float = 1e-2,
     max_seconds: float | None = None,
     batch_size: int = 256,
     seed: int = 0,
-    standardise: str = "scale",
+    standardise: str = "whiten",
     rounds: int = 0,
+    max_clean_drop: float | None = None,
     cache_dir: Any = None,
     progress: Callable[[str], Any] | bool | None = None,
     **head_settings: Any,
@@ -88,11 +93,14 @@ def robustify(
         max_seconds: limit of one fit.
         batch_size: for feature extraction.
         seed: of the split and of the fits.
-        standardise: "scale" puts every feature to deviation 1, so that the ball is the head's own. "whiten" puts a
-            linear map in front of the head in which the features' displacements under attack have no preferred
-            direction (:mod:`convex_head.displacement`): an ellipsoid instead of a ball, still exact.
+        standardise: "whiten" puts a linear map in front of the head in which the threat moves features as far in all
+            directions, 1 on average (:mod:`convex_head.displacement`): an ellipsoid instead of a ball, still exact, and
+            a radius of 1 is what the threat reaches. "scale" puts every feature to deviation 1.
         rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
             what is found as further centres, refit. Validation chooses the number, 0 among them.
+        max_clean_drop: most that a candidate may lose against the backbone as given, in clean validation accuracy: 0.01
+            is one point. Others are passed over; where none is left, the one with the best clean accuracy is taken.
+            None: robust accuracy alone decides.
         cache_dir: folder of the feature cache, or None.
         progress: True for a line a step on stderr, with the time left, or a function that gets the lines.
         **head_settings: passed to :class:`~convex_head.head.ConvexRobustHead` (loss, coefficients, ...).
@@ -103,18 +111,24 @@ def robustify(
     Raises:
         RadiusError, RegularisationError: a candidate is not admissible.
         InputError: ``validation_share`` is not inside (0, 1), or leaves no example on a side; ``standardise`` is no
-            name above; ``rounds`` is negative.
+            name above; ``rounds`` is negative; ``max_clean_drop`` is not inside [0, 1], or the backbone does not
+            predict these classes; the threat moves no feature.
     """
-    if standardise not in ("scale", "whiten"):
-        raise InputError(f"standardise must be 'scale' or 'whiten'; found {standardise!r}.")
+    if standardise not in GRIDS:
+        raise InputError(f"standardise must be 'whiten' or 'scale'; found {standardise!r}.")
     if rounds < 0:
         raise InputError(f"rounds must be at least 0; found {rounds}. 0 fits on clean features.")
+    if max_clean_drop is not None and not 0 <= max_clean_drop <= 1:
+        raise InputError(f"max_clean_drop must be in [0, 1] or None; found {max_clean_drop!r}. 0.01 is one point.")
     images, labels = as_pair(train_data)
     num_classes = int(labels.max()) + 1
-    path_radii = _candidates("radius", radius, radii)
-    path_regs = _candidates("reg", reg, regs)
+    usual_radii, usual_regs = GRIDS[standardise]
+    path_radii = _candidates("radius", radius, usual_radii if radii is None else radii)
+    path_regs = _candidates("reg", reg, usual_regs if regs is None else regs)
     candidates = len(path_radii) * len(path_regs)
-    say = _teller(progress, 2 if candidates == 1 else 2 + candidates + rounds)
+    steps = 2 + (standardise == "whiten")
+    steps += candidates + rounds + (max_clean_drop is not None) if candidates > 1 else 0
+    say = _teller(progress, steps)
     say("extracting features")
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     labels = labels.to(device)
@@ -126,12 +140,13 @@ def robustify(
             model.backbone = cast(Any, nn.Sequential(model.backbone, mapping))
         return model
 
-    if standardise == "whiten":
-        few = slice(_WHITEN_FROM)
-        mapping = displacement_map(backbone, splice(nn.Identity()).backbone, images[few], labels[few], threat)
-        head_settings = {"standardize": False, **head_settings}
     probe = splice(nn.Identity()).backbone
     features = extract_features(probe, images, batch_size=batch_size, cache_dir=cache_dir).to(device)
+    if standardise == "whiten":
+        say("measuring how far the threat moves the features")
+        mapping = displacement_map(probe, images, features, threat, seed=seed, batch=batch_size)
+        head_settings = {"standardize": False, **head_settings}
+        probe, features = splice(nn.Identity()).backbone, torch.cat([mapping(part) for part in features.split(4096)])
 
     def fit(r: float, b: float, rows: Tensor, aim: float, start: Any, more: Sequence[Any] = ()) -> ConvexRobustHead:
         head = ConvexRobustHead(features.shape[1], num_classes, radius=r, reg=b, **head_settings).to(device)
@@ -151,13 +166,22 @@ def robustify(
         return extract_features(probe, found, batch_size=batch_size).to(device)
 
     def best_of(path: Sequence[Candidate]) -> int:
-        return max(range(len(path)), key=lambda i: (path[i].robust, path[i].clean))
+        kept = [i for i, candidate in enumerate(path) if candidate.clean >= least_clean]
+        if not kept:
+            return max(range(len(path)), key=lambda i: (path[i].clean, path[i].robust))
+        return max(kept, key=lambda i: (path[i].robust, path[i].clean))
 
+    least_clean = 0.0
     everything = torch.arange(len(labels))
-    start, path, chosen_rounds = None, [], rounds
+    path: list[Candidate] = []
+    start, chosen_rounds = None, rounds
     chosen_radius, chosen_reg = path_radii[0], path_regs[0]
     if candidates > 1:
         rest, held_out = _split(len(labels), validation_share, seed)
+        if max_clean_drop is not None:
+            least_clean = _accuracy(backbone, images[held_out], labels[held_out], num_classes, batch_size)
+            say(f"the network as given: validation clean {least_clean:.3f}")
+            least_clean -= max_clean_drop + _ROUNDING
         heads = []
         with warnings.catch_warnings():
             # Candidates may stop early; their gap stands in the path.
@@ -178,6 +202,7 @@ def robustify(
                 heads.append(head)
         best = best_of(path)
         start, chosen_rounds = heads[best].network(), path[best].round
+        path[best] = replace(path[best], chosen=True)
     say(f"fitting radius {chosen_radius:g}, reg {chosen_reg:g} on all {len(labels)} examples")
     head, more = fit(chosen_radius, chosen_reg, everything, tol, start), []
     for _ in range(chosen_rounds):
@@ -197,6 +222,17 @@ def _candidates(name: str, value: float | str, auto: Sequence[float]) -> list[fl
             raise InputError(f"{name}='auto' needs at least one candidate; found none. Pass {name}s or a number.")
         return [check(v) for v in auto]
     return [check(value)]
+
+
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int, batch_size: int) -> float:
+    """Clean accuracy of images to logits."""
+    logits = extract_features(model, images, batch_size=batch_size)
+    if logits.shape[1] != num_classes:
+        raise InputError(
+            f"max_clean_drop compares with the backbone as given, which must have one output a class; found "
+            f"{logits.shape[1]} outputs and {num_classes} classes."
+        )
+    return float((logits.argmax(1) == labels.cpu()).double().mean())
 
 
 def _split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from convex_head import errors
 from convex_head.baselines import preact_resnet_small, train
 from convex_head.displacement import attacked_images, displacement_map
 from convex_head.features import extract_features
-from convex_head.robustify import robustify
+from convex_head.robustify import _split, robustify
 from convex_head.splice import replace_head
 from convex_head.threat import ThreatModel
 
@@ -40,6 +40,21 @@ def test_the_best_validated_candidate_is_returned(setting):
     best = max(model.path_, key=lambda one: (one.robust, one.clean))
     assert [one.radius for one in model.path_] == [0.25, 0.5] and {one.round for one in model.path_} == {0}
     assert (model.head.radius, model.head.reg) == (best.radius, best.reg)
+    assert [one for one in model.path_ if one.chosen] == [best]
+
+
+def test_clean_accuracy_can_be_kept(setting, monkeypatch):
+    """The candidates' validation accuracies are given, relative to what the network itself has there."""
+    model, images, labels = setting
+    held_out = _split(len(labels), 0.2, 0)[1]
+    own = float((model(images[held_out]).argmax(1) == labels[held_out]).double().mean())
+    scores = {0.25: (own - 0.03, 0.5), 0.5: (own - 0.1, 0.8)}
+    monkeypatch.setattr("convex_head.robustify.pgd_accuracy", lambda spliced, *_: scores[spliced.head.radius])
+    assert chosen(setting).head.radius == 0.5
+    assert chosen(setting, max_clean_drop=0.05).head.radius == 0.25
+    assert chosen(setting, max_clean_drop=0.1).head.radius == 0.5
+    scores[0.25] = (own - 0.2, 0.9)
+    assert chosen(setting, max_clean_drop=0.0).head.radius == 0.5
 
 
 def test_attacked_images_stay_in_the_threat_set_and_hurt(setting):
@@ -54,27 +69,49 @@ def test_attacked_images_stay_in_the_threat_set_and_hurt(setting):
     assert float((margin(images) - margin(found)).mean()) > 0.1
 
 
-def test_displacements_have_no_direction_behind_the_map(setting):
-    model, images, labels = setting
+@pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 0.5)], ids=["Linf", "L2"])
+def test_the_threat_reaches_as_far_in_all_directions_behind_the_map(setting, threat):
+    """Directions of our own, and four gradient steps along each instead of the module's three."""
+    model, images, _ = setting
     backbone = replace_head(model, nn.Identity(), at="fc").backbone
-    linear = displacement_map(model, backbone, images, labels, THREAT)
     features = extract_features(backbone, images)
-    shift = extract_features(backbone, attacked_images(model, images, labels, THREAT)) - features
+    linear = displacement_map(backbone, images, features, threat, seed=1)
+    torch.testing.assert_close(linear(features).mean(0), torch.zeros(features.shape[1]), atol=1e-4, rtol=0)
+
+    def displaced(scale):
+        directions = torch.randn(len(images), features.shape[1], generator=torch.Generator().manual_seed(7))
+        directions /= directions.norm(dim=1, keepdim=True)
+        x = images
+        for _ in range(4):
+            x = x.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(((backbone(x) @ scale.mT) * directions).sum(), x)
+            step = (
+                gradient.sign()
+                if threat.norm == "Linf"
+                else gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            )
+            x = threat.project(images, x + threat.eps / 3 * step).detach()
+        shift = (backbone(x) - features) @ scale.mT
+        return shift, float((shift * directions).sum(1).mean())
 
     def spread(d):
         values = torch.linalg.eigvalsh(d.double().mT @ d.double())
         return float(values[-1] / values.sum())
 
-    standardised = shift / features.std(0)
-    mapped = shift @ linear.weight.mT
-    assert spread(mapped) < 0.7 * spread(standardised)
-    gain = linear.weight.double() * features.std(0).double()
-    assert float(gain.square().sum() / len(gain)) == pytest.approx(1, rel=1e-4)
-    torch.testing.assert_close(linear(features).mean(0), torch.zeros(features.shape[1]), atol=1e-4, rtol=0)
+    (before, _), (behind, reach) = displaced(torch.diag(1 / features.std(0))), displaced(linear.weight)
+    assert spread(behind) < 0.7 * spread(before)
+    assert reach == pytest.approx(1, abs=0.15)
+
+
+def test_a_backbone_that_does_not_move_is_refused(setting):
+    _, images, labels = setting
+    dead = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Hardtanh(-1e-9, 1e-9), nn.Linear(4, 3))
+    with pytest.raises(errors.InputError, match="must move the features"):
+        robustify(dead, (images, labels), THREAT, radius=1.0, reg=0.1)
 
 
 def test_whitened_model_is_certified_behind_the_map(setting):
-    model = chosen(setting, standardise="whiten")
+    model = chosen(setting)
     _, images, labels = setting
     assert not model.head.standardize
     features = model.features(images)
@@ -98,9 +135,14 @@ def test_rounds_are_validated_and_change_the_head(setting):
 
 
 def test_bad_settings_are_refused(setting):
-    with pytest.raises(errors.InputError, match="'scale' or 'whiten'"):
+    with pytest.raises(errors.InputError, match="'whiten' or 'scale'"):
         chosen(setting, standardise="zca")
     with pytest.raises(errors.InputError, match="rounds must be at least 0"):
         chosen(setting, rounds=-1)
     with pytest.raises(errors.InputError, match="validation_share"):
         chosen(setting, validation_share=1.0)
+    with pytest.raises(errors.InputError, match="max_clean_drop must be in"):
+        chosen(setting, max_clean_drop=-0.1)
+    other = nn.Sequential(setting[0], nn.Linear(3, 5))
+    with pytest.raises(errors.InputError, match="5 outputs and 3 classes"):
+        chosen((other, *setting[1:]), max_clean_drop=0.1)

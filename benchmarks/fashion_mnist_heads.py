@@ -22,6 +22,7 @@ from benchmarks.fashion_mnist_backbones import HeadData
 from convex_head.baselines import MLPHead, PGDAdversarialTraining, Recipe, Trades, linear_head, train
 from convex_head.baselines.pgd import pgd_accuracy
 from convex_head.certificate_check import certificate_facts
+from convex_head.displacement import displacement_map
 from convex_head.errors import ConvergenceWarning
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
@@ -31,6 +32,12 @@ from convex_head.threat import ThreatModel
 
 Card = dict[str, Any]
 Fit = Callable[[nn.Module, HeadData, ThreatModel, "Effort", int], tuple[nn.Module, Card]]
+
+
+# A radius of 1 is what the threat reaches.
+_WHITENED: Card = dict(zip(("radii", "regs"), GRIDS["whiten"], strict=True)) | {"standardise": "whiten"}
+# Of the linear control.
+_LINEAR_STEPS, _DECAYS = 400, (1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,55 @@ def _mlp(
     return spliced, {**card, "total": asdict(total), "last": asdict(last)}
 
 
+def _linear_in_ball(
+    model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int, *, at: str
+) -> tuple[nn.Module, Card]:
+    """A linear head trained in the balls of the whitened convex heads, where its worst cases are closed form."""
+    probe = replace_head(model, nn.Identity(), at=at).backbone
+
+    def mapped() -> tuple[nn.Module, Tensor]:
+        features = _features(model, data, at)
+        mapping = displacement_map(probe, data.images, features, threat, seed=seed)
+        return mapping, mapping(features)
+
+    def fitted(mapping: nn.Module, x: Tensor, radius: float, decay: float, rows: Tensor) -> nn.Module:
+        head = _hinge_in_ball(x[rows], data.labels[rows], radius, decay)
+        return replace_head(model, nn.Sequential(mapping, head), at=at)
+
+    with measured() as total:
+        known = mapped()
+        scores = []
+        for radius in _WHITENED["radii"]:
+            for decay in _DECAYS:
+                candidate = fitted(*known, radius, decay, data.rest)
+                clean, robust = pgd_accuracy(candidate, data.images[data.held_out], data.labels[data.held_out], threat)
+                scores.append((robust, clean, radius, decay))
+        robust, clean, radius, decay = max(scores)
+        with measured() as last:
+            spliced = fitted(*mapped(), radius, decay, torch.arange(len(data.labels)))
+    card = {"radius": radius, "reg": decay, "validation_clean": clean, "validation_robust": robust}
+    return spliced, {**card, "total": asdict(total), "last": asdict(last)}
+
+
+def _hinge_in_ball(x: Tensor, labels: Tensor, radius: float, decay: float) -> nn.Linear:
+    """Minimise mean_i max_k (1 - (w_y - w_k)'x_i - b_y + b_k + radius |w_y - w_k|)_+ + decay/2 |W|^2 by Adam."""
+    head = nn.Linear(x.shape[1], int(labels.max()) + 1)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    own = nn.functional.one_hot(labels).bool()
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _LINEAR_STEPS)
+    for _ in range(_LINEAR_STEPS):
+        logits = head(x)
+        between = (head.weight[:, None] - head.weight).square().sum(-1).clamp_min(1e-12).sqrt()
+        margins = logits[own].unsqueeze(1) - logits - radius * between[labels]
+        loss = (1 - margins).masked_fill(own, 0.0).clamp_min(0).amax(1).mean()
+        optimizer.zero_grad()
+        (loss + 0.5 * decay * head.weight.square().sum()).backward()
+        optimizer.step()
+        schedule.step()
+    return head.requires_grad_(False)
+
+
 def _convex(
     model: nn.Module,
     data: HeadData,
@@ -188,12 +244,10 @@ def _convex(
 # On the SAM backbone the first grid ended at its largest radius; a second one, at the reg that was best there.
 _WIDE: Card = {"radii": (2.0, 3.0, 4.0, 6.0), "regs": (0.03,)}
 
-# A radius of 1 is what the threat reaches.
-_WHITENED: Card = dict(zip(("radii", "regs"), GRIDS["whiten"], strict=True)) | {"standardise": "whiten"}
-
 HEADS: dict[str, Fit] = {
     "own": _own,
     "linear": _linear,
+    "linear_deep_whitened": partial(_linear_in_ball, at="pool"),
     "mlp": _mlp,
     "mlp_at": partial(_mlp, recipe=PGDAdversarialTraining()),
     "mlp_trades": partial(_mlp, recipe=Trades()),

@@ -18,7 +18,7 @@ from convex_head.errors import InputError
 from convex_head.records import EvalRecord
 from convex_head.statistics import Comparison, compare
 
-HEAD_ONLY = ("linear", "mlp", "mlp_at", "mlp_trades", "mlp_at_deep")
+HEAD_ONLY = ("linear", "linear_deep_whitened", "mlp", "mlp_at", "mlp_trades", "mlp_at_deep")
 _MARKERS = {
     "own": "s",
     "linear": "v",
@@ -29,6 +29,8 @@ _MARKERS = {
     "convex": "o",
     "convex_deep": "p",
     "convex_deep_wide": "X",
+    "convex_deep_whitened": "H",
+    "convex_deep_whitened_clean": "h",
 }
 _OTHER = "*"
 _LEFT = 0.1

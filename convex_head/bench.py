@@ -80,7 +80,7 @@ class BenchSettings:
     lr: float = 0.1
     widths: tuple[int, ...] = (4, 32)
     radii: tuple[float, ...] = (0.5, 1.0, 2.0)
-    regs: tuple[float, ...] = (0.1, 0.03)
+    regs: tuple[float, ...] = (0.01, 0.003)
     tol: float = 1e-2
     max_seconds: float = 20.0
 

@@ -233,6 +233,7 @@ def _convex(
             robustify(model, pair, threat, radius=head.radius, reg=head.reg, rounds=best.round, **common)
     card = {
         **certificate_facts(head),
+        "standardise": standardise,
         "rounds": best.round,
         "validation_clean": best.clean,
         "validation_robust": best.robust,

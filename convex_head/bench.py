@@ -63,7 +63,7 @@ class BenchSettings:
         attacks: by the registry's names.
         epochs, batch_size, lr: the training of the backbones.
         widths: channels of the stages of the backbone; the last is the number of features.
-        radii, regs: candidates for the convex head; radii are followed with warm starts.
+        radii, regs: candidates for the convex head, in units of what the threat reaches; followed with warm starts.
         tol: relative gap of the head that is deployed; candidates stop at five times it.
         max_seconds: limit of one head fit; a fit that reaches it is shown with its honest gap.
     """
@@ -284,6 +284,7 @@ def _fit_convex(
             data,
             settings.threat,
             at=_CUT,
+            standardise="whiten",
             radii=settings.radii,
             regs=settings.regs,
             tol=settings.tol,
@@ -293,6 +294,7 @@ def _fit_convex(
     head = cast(ConvexRobustHead, spliced.head)
     facts = {
         "head": "convex",
+        "standardise": "whiten",
         **certificate_facts(head),
         "head_seconds": time.perf_counter() - began,
         "path": [dataclasses.asdict(candidate) for candidate in spliced.path_],

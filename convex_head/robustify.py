@@ -45,6 +45,7 @@ class Candidate:
         clean, robust: accuracy on the validation images, without attack and under the validation attack.
         gap: its relative duality gap.
         round: adversarial rounds before it; 0 is a fit on clean features.
+        allowed: it keeps as much clean accuracy as ``max_clean_drop`` asks for.
         chosen: its settings are those of the head that is returned.
     """
 
@@ -54,6 +55,7 @@ class Candidate:
     robust: float
     gap: float
     round: int = 0
+    allowed: bool = True
     chosen: bool = False
 
 
@@ -159,17 +161,16 @@ def robustify(
         assert head.result_ is not None
         after = f", round {number}" if number else ""
         say(f"radius {head.radius:g}, reg {head.reg:g}{after}: validation clean {clean:.3f}, robust {robust:.3f}")
-        return Candidate(head.radius, head.reg, clean, robust, head.result_.gap, number)
+        return Candidate(head.radius, head.reg, clean, robust, head.result_.gap, number, clean >= least_clean)
 
     def adversarial(head: ConvexRobustHead, rows: Tensor) -> Tensor:
         found = attacked_images(splice(head), images[rows], labels[rows], threat, batch_size)
         return extract_features(probe, found, batch_size=batch_size).to(device)
 
     def best_of(path: Sequence[Candidate]) -> int:
-        kept = [i for i, candidate in enumerate(path) if candidate.clean >= least_clean]
-        if not kept:
+        if not any(candidate.allowed for candidate in path):
             return max(range(len(path)), key=lambda i: (path[i].clean, path[i].robust))
-        return max(kept, key=lambda i: (path[i].robust, path[i].clean))
+        return max(range(len(path)), key=lambda i: (path[i].allowed, path[i].robust, path[i].clean))
 
     least_clean = 0.0
     everything = torch.arange(len(labels))

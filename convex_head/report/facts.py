@@ -11,6 +11,7 @@ Metadata are the caller's: what is missing is not asked for, but what is there u
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -160,7 +161,7 @@ def _check_certificate(name: str, record: EvalRecord) -> None:
 
 
 def _check_choice(name: str, record: EvalRecord) -> None:
-    """``path`` as :func:`convex_head.robustify` makes it: the chosen candidate is the best of it."""
+    """``path`` as :func:`convex_head.robustify` makes it: the chosen candidate is the best that was allowed."""
     path = record.metadata.get("path")
     keys = ("radius", "reg", "clean", "robust")
     if not isinstance(path, list) or not path or not all(isinstance(c, dict) and set(keys) <= set(c) for c in path):
@@ -169,7 +170,11 @@ def _check_choice(name: str, record: EvalRecord) -> None:
         not 0 <= c[key] <= 1 for c in path for key in keys[2:]
     ):
         raise EntryError(f"{name}: a candidate on its path has no number, or an accuracy outside [0, 1]. Fit it again.")
-    best = max((c["robust"], c["clean"]) for c in path)
+    allowed = [c for c in path if c.get("allowed", True)]
+    least = min((c["clean"] for c in allowed), default=math.inf)
+    if any(c["clean"] >= least for c in path if c not in allowed):
+        raise EntryError(f"{name}: a candidate on its path was passed over that is as right when clean as others.")
+    best = max((c["robust"], c["clean"]) for c in allowed or [max(path, key=lambda c: (c["clean"], c["robust"]))])
     chosen = [record.metadata.get(key) for key in ("radius", "reg")]
     if not any((c["robust"], c["clean"]) == best and [c["radius"], c["reg"]] == chosen for c in path):
         raise EntryError(

@@ -29,6 +29,7 @@ _STEPS = 10
 _DRAWS, _DIRECTED_STEPS = 2000, 3
 # A reach below this is rounding.
 _LEAST = 1e-6
+_ROUND = "standardise='scale' takes the round ball, which needs no gradients."
 
 
 def attacked_images(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, batch: int = 256) -> Tensor:
@@ -60,7 +61,7 @@ def displacement_map(
         batch: images together.
 
     Raises:
-        InputError: the threat moves no feature.
+        InputError: the threat moves no feature, or the backbone has no gradients.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(images), generator=generator)[:_DRAWS]
@@ -83,7 +84,7 @@ def displacement_map(
     if not float(covariance.trace()) > _LEAST**2:
         raise InputError(
             f"images within {threat.norm} {threat.eps:g} must move the features; found displacements of "
-            f"{float(covariance.trace()) ** 0.5:.2g} deviations. Are the backbone's gradients zero?"
+            f"{float(covariance.trace()) ** 0.5:.2g} deviations. Are the backbone's gradients zero? {_ROUND}"
         )
     covariance += _SHRINK * covariance.trace() / width * identity
     values, vectors = torch.linalg.eigh(covariance)
@@ -91,7 +92,7 @@ def displacement_map(
     directions, shift = moved(root)
     reach = float((directions * (shift @ root)).sum(1).mean())
     if not reach > _LEAST:
-        raise InputError(f"images that ascend a feature must raise it; found a mean change of {reach:.2g}.")
+        raise InputError(f"images that ascend a feature must raise it; found a mean change of {reach:.2g}. {_ROUND}")
     weight = root / (reach * std)
     linear = nn.Linear(width, width, device=std.device)
     linear.weight.data.copy_(weight)
@@ -108,7 +109,14 @@ def _ascended(backbone: nn.Module, images: Tensor, directions: Tensor, threat: T
         def progress(features: Tensor, along: Tensor = along) -> Tensor:
             return (features.flatten(1) * along.to(features.dtype)).sum()
 
-        moved = maximise(backbone, x, threat, progress, start=x, steps=_DIRECTED_STEPS, step_size=threat.eps / 2)
+        try:
+            moved = maximise(backbone, x, threat, progress, start=x, steps=_DIRECTED_STEPS, step_size=threat.eps / 2)
+        except RuntimeError as problem:
+            if "does not require grad" not in str(problem):
+                raise
+            raise InputError(
+                f"the backbone must be differentiable in its images; torch found no graph. {_ROUND}"
+            ) from None
         found.append(moved.to(images.device))
     return torch.cat(found)
 

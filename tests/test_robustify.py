@@ -113,6 +113,19 @@ def test_a_backbone_that_does_not_move_is_refused(setting):
         robustify(dead, (images, labels), THREAT, radius=1.0, reg=0.1)
 
 
+def test_a_backbone_without_gradients_takes_the_round_ball(setting):
+    class Cut(nn.Module):
+        def forward(self, x):
+            return x.detach().flatten(1)
+
+    _, images, labels = setting
+    net = nn.Sequential(Cut(), nn.Linear(64, 3))
+    with pytest.raises(errors.InputError, match=r"must be differentiable.*standardise='scale'"):
+        robustify(net, (images, labels), THREAT, radius=0.5, reg=0.1)
+    model = robustify(net, (images, labels), THREAT, radius=0.5, reg=0.1, standardise="scale", tol=0.1)
+    assert model.head.standardize
+
+
 def test_whitened_model_is_certified_behind_the_map(setting):
     model = chosen(setting)
     _, images, labels = setting

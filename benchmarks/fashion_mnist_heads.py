@@ -163,7 +163,7 @@ def _linear_in_ball(
         return mapping, mapping(features)
 
     def fitted(mapping: nn.Module, x: Tensor, radius: float, decay: float, rows: Tensor) -> nn.Module:
-        head = _hinge_in_ball(x[rows], data.labels[rows], radius, decay)
+        head = hinge_in_ball(x[rows], data.labels[rows], radius, decay)
         return replace_head(model, nn.Sequential(mapping, head), at=at)
 
     with measured() as total:
@@ -181,7 +181,7 @@ def _linear_in_ball(
     return spliced, {**card, "total": asdict(total), "last": asdict(last)}
 
 
-def _hinge_in_ball(x: Tensor, labels: Tensor, radius: float, decay: float) -> nn.Linear:
+def hinge_in_ball(x: Tensor, labels: Tensor, radius: float, decay: float) -> nn.Linear:
     """Minimise mean_i max_k (1 - (w_y - w_k)'x_i - b_y + b_k + radius |w_y - w_k|)_+ + decay/2 |W|^2 by Adam."""
     head = nn.Linear(x.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)

@@ -57,47 +57,80 @@ def displacement_map(
         images: (n, ...); 2,000 of them are moved.
         features: (n, p), those of the images.
         threat: Linf or L2, in pixels.
-        seed: of the directions.
+        seed: of the images and directions.
         batch: images together.
 
     Raises:
         InputError: the threat moves no feature, or the backbone has no gradients.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(images), generator=generator)[:_DRAWS]
-    wide = features.double()
-    mean, std = wide.mean(0), wide.std(0)
-    std = torch.where(std > 1e-12 * wide.abs().amax(0), std, 1.0)
-    few, width = images[rows.to(images.device)], len(std)
-    clean = extract_features(backbone, few, batch_size=batch).double().to(std.device)
+    sample = Sample(backbone, images, features, threat, seed=seed, batch=batch)
+    _, shift = sample.moved(torch.eye(len(sample.std), dtype=torch.float64, device=sample.std.device))
+    return sample.map(shift)
 
-    def moved(root: Tensor) -> tuple[Tensor, Tensor]:
+
+class Sample:
+    """Images that a threat moves, and the map that follows from displacements of their features.
+
+    Args:
+        backbone, images, features, threat, seed, batch: as in :func:`displacement_map`.
+
+    Attributes:
+        images: (N, ...) those that are moved.
+        clean: (N, p) their features, float64.
+        mean, std: (p,) of all features; a constant feature has deviation 1.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, images: Tensor, features: Tensor, threat: ThreatModel, *, seed: int, batch: int
+    ):
+        self._backbone, self._threat, self._batch = backbone, threat, batch
+        self._generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(images), generator=self._generator)[:_DRAWS]
+        wide = features.double()
+        self.mean, std = wide.mean(0), wide.std(0)
+        self.std = torch.where(std > 1e-12 * wide.abs().amax(0), std, 1.0)
+        self.images = images[rows.to(images.device)]
+        self.clean = self._features(self.images)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return extract_features(self._backbone, images, batch_size=self._batch).double().to(self.std.device)
+
+    def shift(self, images: Tensor) -> Tensor:
+        """Displacements (N, p) in deviations, of the sample's images after they were moved to ``images``."""
+        return (self._features(images) - self.clean) / self.std
+
+    def moved(self, root: Tensor) -> tuple[Tensor, Tensor]:
         """Unit directions (N, p) behind ``root``, and the displacements (N, p) of images that ascend them."""
-        directions = torch.randn(len(few), width, generator=generator, dtype=torch.float64)
-        directions = (directions / directions.norm(dim=1, keepdim=True)).to(std.device)
-        found = _ascended(backbone, few, directions @ root / std, threat, batch)
-        return directions, (extract_features(backbone, found, batch_size=batch).double().to(std.device) - clean) / std
+        directions = torch.randn(self.clean.shape, generator=self._generator, dtype=torch.float64)
+        directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.std.device)
+        along = directions @ root / self.std
+        return directions, self.shift(_ascended(self._backbone, self.images, along, self._threat, self._batch))
 
-    identity = torch.eye(width, dtype=torch.float64, device=std.device)
-    _, shift = moved(identity)
-    covariance = shift.mT @ shift / len(shift)
-    if not float(covariance.trace()) > _LEAST**2:
-        raise InputError(
-            f"images within {threat.norm} {threat.eps:g} must move the features; found displacements of "
-            f"{float(covariance.trace()) ** 0.5:.2g} deviations. Are the backbone's gradients zero? {_ROUND}"
-        )
-    covariance += _SHRINK * covariance.trace() / width * identity
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
-    directions, shift = moved(root)
-    reach = float((directions * (shift @ root)).sum(1).mean())
-    if not reach > _LEAST:
-        raise InputError(f"images that ascend a feature must raise it; found a mean change of {reach:.2g}. {_ROUND}")
-    weight = root / (reach * std)
-    linear = nn.Linear(width, width, device=std.device)
-    linear.weight.data.copy_(weight)
-    linear.bias.data.copy_(-weight @ mean)
-    return linear.requires_grad_(False)
+    def map(self, shift: Tensor | None) -> nn.Linear:
+        """The map that makes displacements (M, p), in deviations, alike in all directions, of reach 1; None: round."""
+        width, device = len(self.std), self.std.device
+        root = torch.eye(width, dtype=torch.float64, device=device)
+        if shift is not None:
+            covariance = shift.mT @ shift / len(shift)
+            if not float(covariance.trace()) > _LEAST**2:
+                raise InputError(
+                    f"images within {self._threat} must move the features; found displacements of "
+                    f"{float(covariance.trace()) ** 0.5:.2g} deviations. Are the backbone's gradients zero? {_ROUND}"
+                )
+            covariance += _SHRINK * covariance.trace() / width * root
+            values, vectors = torch.linalg.eigh(covariance)
+            root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
+        directions, moved = self.moved(root)
+        reach = float((directions * (moved @ root)).sum(1).mean())
+        if not reach > _LEAST:
+            raise InputError(
+                f"images that ascend a feature must raise it; found a mean change of {reach:.2g}. {_ROUND}"
+            )
+        weight = root / (reach * self.std)
+        linear = nn.Linear(width, width, device=device)
+        linear.weight.data.copy_(weight)
+        linear.bias.data.copy_(-weight @ self.mean)
+        return linear.requires_grad_(False)
 
 
 def _ascended(backbone: nn.Module, images: Tensor, directions: Tensor, threat: ThreatModel, batch: int) -> Tensor:

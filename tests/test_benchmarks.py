@@ -28,6 +28,7 @@ PUBLISHED = (
     "many_classes",
     "coefficients",
     "layerwise",
+    "ball_shapes",
     "fashion_mnist",
     "relu_patterns",
 )
@@ -36,7 +37,7 @@ UNPUBLISHED = {"gpu": ("--device", "cpu")}
 
 # Those that keep finished parts in a folder, which the test must give.
 KEEPING = ("fashion_mnist", "solvers", "relu_patterns")
-FASHION = ("coefficients", "layerwise", "fashion_mnist", "transfer", "relu_patterns")
+FASHION = ("coefficients", "layerwise", "ball_shapes", "fashion_mnist", "transfer", "relu_patterns")
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -340,6 +341,17 @@ def test_layers_and_polynomials_are_certified(published):
         assert row["exact_1"] <= row["exact_0.5"] <= row["test_clean"]
     five = next(row for row in sweep if row["name"] == "ReLU on [-5, 5]")
     assert (five["a"], five["b"], five["c"]) == pytest.approx((0.09375, 0.5, 0.46875))
+
+
+def test_shapes_of_the_ball_choose_their_radius_on_validation_images(published):
+    groups = {}
+    for row in records(published("ball_shapes")):
+        groups.setdefault((row["backbone"], row["shape"], row["head"]), []).append(row)
+    assert {key[2] for key in groups} == {"convex", "linear"} and {"round", "directions"} <= {key[1] for key in groups}
+    for rows in groups.values():
+        best = max((row["validation_robust"], row["validation_clean"]) for row in rows)
+        assert [(r["validation_robust"], r["validation_clean"]) for r in rows if r["chosen"]] == [best]
+        assert all(r["test_8/255"] <= r["test_4/255"] + 0.01 and r["test_4/255"] <= r["test_clean"] for r in rows)
 
 
 def test_least_squares_coefficients():

@@ -3,8 +3,8 @@
     python -m benchmarks.ball_shapes            SAM and standard backbone of the Fashion-MNIST suite, seed 0
     python -m benchmarks.ball_shapes --quick    two shapes on a barely trained backbone
 
-All shapes are balls behind a linear map, scaled so that radius 1 is how far Linf 8/255 moves features in a direction
-drawn at random, on average (convex_head/displacement.py). The map makes these displacements alike in all directions:
+All shapes are balls behind a whitening matrix, scaled so that radius 1 is how far Linf 8/255 moves features in a
+direction drawn at random, on average (convex_head/displacement.py). Behind the matrix these have one covariance:
 
     round        none: features of deviation 1
     noise        of images with +-eps in every pixel, signs drawn at random; no gradients are needed
@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from torch import Tensor, nn
 
 from benchmarks.common import COLOURS, Column, Record, arguments, load_average, publish
 from benchmarks.fashion_mnist_backbones import HELD_OUT, THREAT, Schedule, backbone, head_data
-from benchmarks.fashion_mnist_heads import hinge_in_ball
+from benchmarks.fashion_mnist_heads import Units, hinge_in_ball
 from convex_head import ConvexRobustHead, ThreatModel, load_dataset, replace_head
 from convex_head.baselines.pgd import pgd_accuracy
-from convex_head.displacement import Sample, attacked_images
+from convex_head.displacement import MovedImages, attacked_images
 from convex_head.errors import ConvergenceWarning
 from convex_head.features import extract_features
 
@@ -69,8 +70,8 @@ QUICK = Plan(
 )
 
 
-def displacements(shape: str, model: nn.Module, sample: Sample, labels: Tensor) -> Tensor | None:
-    """(N, p) in deviations, of the sample's images; None for the round ball."""
+def displacements(shape: str, model: nn.Module, sample: MovedImages, labels: Tensor) -> Tensor | None:
+    """(N, p), standardised, of the sample's images; None for the round ball."""
     if shape == "round":
         return None
     if shape == "noise":
@@ -78,7 +79,7 @@ def displacements(shape: str, model: nn.Module, sample: Sample, labels: Tensor) 
         return sample.shift(THREAT.project(sample.images, sample.images + THREAT.eps * signs))
     if shape == "attack":
         return sample.shift(attacked_images(model, sample.images, labels, THREAT))
-    return sample.moved(torch.eye(len(sample.std), dtype=torch.float64))[1]
+    return sample.ascended(torch.eye(len(sample.scale), dtype=torch.float64))[1]
 
 
 def measure(plan: Plan, name: str) -> list[Record]:
@@ -103,14 +104,14 @@ def measure(plan: Plan, name: str) -> list[Record]:
 
     records = []
     for shape in plan.shapes:
-        sample = Sample(probe, data.images, features, THREAT, seed=0, batch=256)
+        sample = MovedImages(probe, data.images, features, THREAT)
         # Attacks are on labels as the network gives them: the sample has none.
         predicted = torch.cat([model(part).argmax(1) for part in sample.images.split(256)])
-        mapping = sample.map(displacements(shape, model, sample, predicted))
-        x, y = mapping(features)[data.rest], data.labels[data.rest]
+        units = Units.of(sample, displacements(shape, model, sample, predicted))
+        x, y = features[data.rest], data.labels[data.rest]
         heads: dict[str, Callable[[float], tuple[nn.Module, Record]]] = {
-            "convex": lambda radius, x=x, y=y: _convex(plan, x, y, radius),  # type: ignore[misc]
-            "linear": lambda radius, x=x, y=y: (hinge_in_ball(x, y, radius, _DECAY), {}),  # type: ignore[misc]
+            "convex": partial(_convex, plan, units, x, y),
+            "linear": partial(_linear, units, x, y),
         }
         for head, fit in heads.items():
             tried = []
@@ -119,15 +120,19 @@ def measure(plan: Plan, name: str) -> list[Record]:
                 fitted, card = fit(radius)
                 seconds = time.process_time() - began
                 row = {"backbone": name, "shape": shape, "head": head, "radius": radius, "seconds": seconds, **card}
-                row |= {**attacked(nn.Sequential(mapping, fitted)), "chosen": False, "load_average": load_average()}
+                row |= {**attacked(fitted), "chosen": False, "load_average": load_average()}
                 tried.append(row)
             max(tried, key=lambda row: (row["validation_robust"], row["validation_clean"]))["chosen"] = True
             records += tried
     return records
 
 
-def _convex(plan: Plan, x: Tensor, y: Tensor, radius: float) -> tuple[nn.Module, Record]:
-    head = ConvexRobustHead(x.shape[1], 10, radius=radius, reg=plan.reg, standardize=False)
+def _linear(units: Units, x: Tensor, y: Tensor, radius: float) -> tuple[nn.Module, Record]:
+    return units.on_features(hinge_in_ball(units.of_features(x), y, radius, _DECAY)), {}
+
+
+def _convex(plan: Plan, units: Units, x: Tensor, y: Tensor, radius: float) -> tuple[nn.Module, Record]:
+    head = ConvexRobustHead(x.shape[1], 10, radius=radius, reg=plan.reg, whitening=units.matrix)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         head.fit(x, y, tol=plan.tol, max_seconds=60, progress=False)

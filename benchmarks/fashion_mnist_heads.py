@@ -22,7 +22,7 @@ from benchmarks.fashion_mnist_backbones import HeadData
 from convex_head.baselines import MLPHead, PGDAdversarialTraining, Recipe, Trades, linear_head, train
 from convex_head.baselines.pgd import pgd_accuracy
 from convex_head.certificate_check import certificate_facts
-from convex_head.displacement import displacement_map
+from convex_head.displacement import MovedImages
 from convex_head.errors import ConvergenceWarning
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
@@ -37,7 +37,7 @@ Fit = Callable[[nn.Module, HeadData, ThreatModel, "Effort", int], tuple[nn.Modul
 # A radius of 1 is what the threat reaches.
 _WHITENED: Card = dict(zip(("radii", "regs"), GRIDS["whiten"], strict=True)) | {"standardise": "whiten"}
 # Of the linear control.
-_LINEAR_STEPS, _DECAYS = 400, (1e-3, 1e-4)
+_LINEAR_STEPS, _DECAYS = 1000, (1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -151,23 +151,50 @@ def _mlp(
     return spliced, {**card, "total": asdict(total), "last": asdict(last)}
 
 
+@dataclass(frozen=True)
+class Units:
+    """z = (x - mean) / scale W, as a head standardises features; (p,), (p,) and (p, p), float64."""
+
+    mean: Tensor
+    scale: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def of(cls, sample: MovedImages, shift: Tensor | None) -> Units:
+        """Those of moved images, whose features were displaced so."""
+        return cls(sample.mean, sample.scale, sample.whitening(shift))
+
+    def of_features(self, features: Tensor) -> Tensor:
+        """z (n, p) of features (n, p), float32."""
+        return (((features.double() - self.mean) / self.scale) @ self.matrix).float()
+
+    def on_features(self, head: nn.Linear) -> nn.Linear:
+        """The head on z as one on features."""
+        weight = (head.weight.double() @ self.matrix.mT) / self.scale
+        raw = nn.Linear(*weight.shape[::-1])
+        raw.weight.data.copy_(weight)
+        raw.bias.data.copy_(head.bias.double() - weight @ self.mean)
+        return raw.requires_grad_(False)
+
+
 def _linear_in_ball(
     model: nn.Module, data: HeadData, threat: ThreatModel, effort: Effort, seed: int, *, at: str
 ) -> tuple[nn.Module, Card]:
     """A linear head trained in the balls of the whitened convex heads, where its worst cases are closed form."""
     probe = replace_head(model, nn.Identity(), at=at).backbone
 
-    def mapped() -> tuple[nn.Module, Tensor]:
+    def standardised() -> tuple[Units, Tensor]:
         features = _features(model, data, at)
-        mapping = displacement_map(probe, data.images, features, threat, seed=seed)
-        return mapping, mapping(features)
+        sample = MovedImages(probe, data.images, features, threat, seed=seed)
+        units = Units.of(sample, sample.ascended(torch.eye(features.shape[1], dtype=torch.float64))[1])
+        return units, units.of_features(features)
 
-    def fitted(mapping: nn.Module, x: Tensor, radius: float, decay: float, rows: Tensor) -> nn.Module:
-        head = hinge_in_ball(x[rows], data.labels[rows], radius, decay)
-        return replace_head(model, nn.Sequential(mapping, head), at=at)
+    def fitted(units: Units, z: Tensor, radius: float, decay: float, rows: Tensor) -> nn.Module:
+        head = hinge_in_ball(z[rows], data.labels[rows], radius, decay)
+        return replace_head(model, units.on_features(head), at=at)
 
     with measured() as total:
-        known = mapped()
+        known = standardised()
         scores = []
         for radius in _WHITENED["radii"]:
             for decay in _DECAYS:
@@ -176,20 +203,20 @@ def _linear_in_ball(
                 scores.append((robust, clean, radius, decay))
         robust, clean, radius, decay = max(scores)
         with measured() as last:
-            spliced = fitted(*mapped(), radius, decay, torch.arange(len(data.labels)))
+            spliced = fitted(*standardised(), radius, decay, torch.arange(len(data.labels)))
     card = {"radius": radius, "reg": decay, "validation_clean": clean, "validation_robust": robust}
     return spliced, {**card, "total": asdict(total), "last": asdict(last)}
 
 
-def hinge_in_ball(x: Tensor, labels: Tensor, radius: float, decay: float) -> nn.Linear:
-    """Minimise mean_i max_k (1 - (w_y - w_k)'x_i - b_y + b_k + radius |w_y - w_k|)_+ + decay/2 |W|^2 by Adam."""
-    head = nn.Linear(x.shape[1], int(labels.max()) + 1)
+def hinge_in_ball(z: Tensor, labels: Tensor, radius: float, decay: float) -> nn.Linear:
+    """Minimise mean_i max_k (1 - (w_y - w_k)'z_i - b_y + b_k + radius |w_y - w_k|)_+ + decay/2 |W|^2 by Adam."""
+    head = nn.Linear(z.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     own = nn.functional.one_hot(labels).bool()
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _LINEAR_STEPS)
     for _ in range(_LINEAR_STEPS):
-        logits = head(x)
+        logits = head(z)
         between = (head.weight[:, None] - head.weight).square().sum(-1).clamp_min(1e-12).sqrt()
         margins = logits[own].unsqueeze(1) - logits - radius * between[labels]
         loss = (1 - margins).masked_fill(own, 0.0).clamp_min(0).amax(1).mean()

@@ -63,7 +63,8 @@ class BenchSettings:
         attacks: by the registry's names.
         epochs, batch_size, lr: the training of the backbones.
         widths: channels of the stages of the backbone; the last is the number of features.
-        radii, regs: candidates for the convex head, in units of what the threat reaches; followed with warm starts.
+        standardise: units of the convex head, as in :func:`convex_head.robustify`.
+        radii, regs: candidates for the convex head in these units; radii are followed with warm starts.
         tol: relative gap of the head that is deployed; candidates stop at five times it.
         max_seconds: limit of one head fit; a fit that reaches it is shown with its honest gap.
     """
@@ -79,6 +80,7 @@ class BenchSettings:
     batch_size: int = 64
     lr: float = 0.1
     widths: tuple[int, ...] = (4, 32)
+    standardise: str = "whiten"
     radii: tuple[float, ...] = (0.5, 1.0, 2.0)
     regs: tuple[float, ...] = (0.01, 0.003)
     tol: float = 1e-2
@@ -284,7 +286,7 @@ def _fit_convex(
             data,
             settings.threat,
             at=_CUT,
-            standardise="whiten",
+            standardise=settings.standardise,
             radii=settings.radii,
             regs=settings.regs,
             tol=settings.tol,
@@ -294,7 +296,7 @@ def _fit_convex(
     head = cast(ConvexRobustHead, spliced.head)
     facts = {
         "head": "convex",
-        "standardise": "whiten",
+        "standardise": settings.standardise,
         **certificate_facts(head),
         "head_seconds": time.perf_counter() - began,
         "path": [dataclasses.asdict(candidate) for candidate in spliced.path_],

@@ -166,6 +166,10 @@ class ConvergenceWarning(UserWarning):
     """A solver stopped before its tolerance; the result carries its honest gap."""
 
 
+class ChoiceWarning(UserWarning):
+    """No candidate keeps what was asked for; the nearest one is taken."""
+
+
 class EvaluationWarning(UserWarning):
     """An evaluation raised a flag; its robust accuracy is not to be trusted as it stands."""
 

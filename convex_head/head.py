@@ -1,6 +1,6 @@
 """``ConvexRobustHead``: the classifier that replaces the last layers of a backbone.
 
-    z = (x - mean) / scale,     logits = f(z) of a two-layer network with the activation's formula (activations/)
+    z = (x - mean) / scale W,     logits = f(z) of a two-layer network with the activation's formula (activations/)
 
 trained to global optimality on the activation's robust problem (problems/) in the standardised units of z. The
 certificate that ``fit`` stores is measured on the weights as deployed: rounded to the head's dtype, with the rounded
@@ -31,7 +31,7 @@ from convex_head.shards import Shard, Whole
 from convex_head.solvers import Progress, SolveResult, get_solver
 from convex_head.solvers.base import check_positive
 from convex_head.solvers.result import as_deployed, network_of
-from convex_head.standardisation import mean_and_scale
+from convex_head.standardisation import Standardised, mean_and_scale
 from convex_head.threads import one_thread_if_small
 from convex_head.validation import (
     check_features,
@@ -46,7 +46,7 @@ _BALLS = ("l2", "linf")
 _SETTINGS = ("in_features", "num_classes", "activation", "radius", "reg", "loss", "standardize")
 
 
-class ConvexRobustHead(nn.Module):
+class ConvexRobustHead(Standardised):
     """A two-layer network, adversarially trained by convex optimisation on features.
 
     Args:
@@ -59,6 +59,8 @@ class ConvexRobustHead(nn.Module):
         loss: "crammer_singer", "multi_margin" or "one_vs_rest"; for C = 2 all are the hinge.
         standardize: scale features to mean 0 and deviation 1 first (constant features keep scale 1). The radius is in
             these units, and the affine map is part of the head.
+        whitening: (d, d) matrix W that standardised features are multiplied by; the ball, its radius and all distances
+            are then those behind it: an ellipsoid of features (``displacement.whitening``). None: the round ball.
         coefficients: (a, b, c) of the polynomial activation a t^2 + b t + c, a > 0; None for the fit to a ReLU.
         patterns: relu, gated_relu: number of random sign patterns; None for one every 20 examples, 10 to 100.
         slack: relu: weight of violated cone constraints (None: 1); inf makes them hard.
@@ -82,6 +84,7 @@ class ConvexRobustHead(nn.Module):
         reg: float = 1e-3,
         loss: str = "crammer_singer",
         standardize: bool = True,
+        whitening: Tensor | None = None,
         coefficients: tuple[float, float, float] | None = None,
         patterns: int | None = None,
         slack: float | None = None,
@@ -107,10 +110,7 @@ class ConvexRobustHead(nn.Module):
         empty = self._activation.empty(self.in_features, self._task().functions)
         self._weight_names = tuple(empty)
         self._set_weights(empty)
-        self.register_buffer("mean", torch.zeros(self.in_features))
-        self.register_buffer("scale", torch.ones(self.in_features))
-        self.mean: Tensor
-        self.scale: Tensor
+        self._register_units(self.in_features, whitening)
         self.result_: SolveResult | None = None
         self._factors: tuple[Any, Geometry] | None = None
 
@@ -124,7 +124,7 @@ class ConvexRobustHead(nn.Module):
         """
         self._check_fitted()
         with torch.autocast(features.device.type, enabled=False):
-            z = (features.to(self.mean.dtype) - self.mean) / self.scale
+            z = self.in_units(features.to(self.mean.dtype) - self.mean)
             return self._logits(self._activation.forward(self._weights(), z))
 
     def soft_forward(self, features: Tensor, temperature: float) -> Tensor:
@@ -134,7 +134,7 @@ class ConvexRobustHead(nn.Module):
             SettingError: the activation has no gates.
         """
         self._check_fitted()
-        z = (features.to(self.mean.dtype) - self.mean) / self.scale
+        z = self.in_units(features.to(self.mean.dtype) - self.mean)
         f = self._activation.soft_forward(self._weights(), z, temperature)
         if f is None:
             raise SettingError(f"soft_forward needs an activation with gates; found {self.activation!r}.")
@@ -186,10 +186,6 @@ class ConvexRobustHead(nn.Module):
     def _task(self, tol: float = 0.0) -> Task:
         return Task(self.num_classes, self.radius, self.reg, self.loss, tol)
 
-    def standardised(self, features: Tensor) -> Tensor:
-        """Features in the units of the radius, float64."""
-        return (features.double() - self.mean.double()) / self.scale.double()
-
     # -- training -------------------------------------------------------------------------------------------
 
     def fit(
@@ -240,7 +236,7 @@ class ConvexRobustHead(nn.Module):
         y = check_labels(labels, x.shape[0], self.num_classes, training=shard).to(x.device)
         mean, scale = mean_and_scale(x, self.mean.dtype, shard, features, none=not self.standardize)
         algorithm = get_solver(solver, self.solvers)
-        data = TrainingData(features if is_mapped(features) else x, y, mean, scale, shard)
+        data = TrainingData(features if is_mapped(features) else x, y, mean, scale, self.whitening, shard)
         before = network_of(start)
         check_positive("tol", tol)
         weights = self._weights_on(y)
@@ -264,7 +260,7 @@ class ConvexRobustHead(nn.Module):
         self._check_fitted()
         x = check_features(features, self.in_features)
         y = check_labels(labels, x.shape[0], self.num_classes).to(x.device)
-        data = TrainingData(x, y, self.mean, self.scale)
+        data = TrainingData(x, y, self.mean, self.scale, self.whitening)
         return self._activation.problem(data, self._task(), weights=self._weights_on(y))
 
     def _weights_on(self, other: Tensor) -> dict[str, Tensor]:
@@ -311,9 +307,7 @@ class ConvexRobustHead(nn.Module):
         z, y, r = self._inputs(features, labels, radius)
         with one_thread_if_small(z.numel()):
             worst = self._geometry().worst_case_point(z, y, r)
-        raw = self.mean.double() + self.scale.double() * worst
-        tensor = check_features(features, self.in_features)
-        return raw.to(tensor)
+        return self.from_units(worst).to(check_features(features, self.in_features))
 
     def distance_to_boundary(self, features: Any, labels: Any = None) -> Tensor:
         """Distance (standardised units, norm of the ball) to the nearest point where another class wins.

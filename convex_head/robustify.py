@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from convex_head.baselines.pgd import pgd_accuracy
 from convex_head.console import clock, messages
 from convex_head.data import as_pair
-from convex_head.displacement import attacked_images, displacement_map
-from convex_head.errors import ConvergenceWarning, InputError, RadiusError
+from convex_head.displacement import attacked_images, whitening
+from convex_head.errors import ChoiceWarning, ConvergenceWarning, InputError, RadiusError
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
 from convex_head.splice import SplicedModel, replace_head
@@ -86,23 +86,24 @@ def robustify(
     Args:
         backbone: images in [0, 1] to logits; copied, never changed.
         train_data: a dataset name, an (images, labels) pair, a Dataset or a DataLoader. Training data only.
-        threat: the pixel threat; Linf or L2 for "auto".
+        threat: the pixel threat; Linf or L2 for "auto" and for "whiten".
         radius: feature radius in standardised units, or "auto" to choose among ``radii``.
         reg: regularisation weight, or "auto" to choose among ``regs``.
         at: node where the head goes; the classifier if None (see :func:`~convex_head.splice.replace_head`).
         validation_share: share of the training data that candidates are compared on and not fitted on.
         tol: relative gap of the head that is returned; candidates stop at five times it.
         max_seconds: limit of one fit.
-        batch_size: for feature extraction.
+        batch_size: images in one pass through the backbone.
         seed: of the split and of the fits.
-        standardise: "whiten" puts a linear map in front of the head in which the threat moves features as far in all
-            directions, 1 on average (:mod:`convex_head.displacement`): an ellipsoid instead of a ball, still exact, and
-            a radius of 1 is what the threat reaches. "scale" puts every feature to deviation 1.
+        standardise: "whiten" measures how far the threat moves features (:mod:`convex_head.displacement`) and gives the
+            head a matrix behind which displacements have one covariance and are 1 long on average in the direction
+            they aim at: an ellipsoid of features, still exact, and a radius of 1 is what the threat reaches. "scale"
+            is the round ball of features of deviation 1.
         rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
             what is found as further centres, refit. Validation chooses the number, 0 among them.
         max_clean_drop: most that a candidate may lose against the backbone as given, in clean validation accuracy: 0.01
-            is one point. Others are passed over; where none is left, the one with the best clean accuracy is taken.
-            None: robust accuracy alone decides.
+            is one point. Others are passed over; where none is left, the one with the best clean accuracy is taken,
+            with a :class:`~convex_head.errors.ChoiceWarning`. None: robust accuracy alone decides.
         cache_dir: folder of the feature cache, or None.
         progress: True for a line a step on stderr, with the time left, or a function that gets the lines.
         **head_settings: passed to :class:`~convex_head.head.ConvexRobustHead` (loss, coefficients, ...).
@@ -113,8 +114,8 @@ def robustify(
     Raises:
         RadiusError, RegularisationError: a candidate is not admissible.
         InputError: ``validation_share`` is not inside (0, 1), or leaves no example on a side; ``standardise`` is no
-            name above; ``rounds`` is negative; ``max_clean_drop`` is not inside [0, 1], or the backbone does not
-            predict these classes; the threat moves no feature.
+            name above; ``rounds`` is negative; ``max_clean_drop`` is not inside [0, 1], there is one candidate only, or
+            the backbone does not predict these classes; the threat moves no feature.
     """
     if standardise not in GRIDS:
         raise InputError(f"standardise must be 'whiten' or 'scale'; found {standardise!r}.")
@@ -128,27 +129,25 @@ def robustify(
     path_radii = _candidates("radius", radius, usual_radii if radii is None else radii)
     path_regs = _candidates("reg", reg, usual_regs if regs is None else regs)
     candidates = len(path_radii) * len(path_regs)
+    if max_clean_drop is not None and candidates == 1:
+        raise InputError("max_clean_drop chooses among candidates; found one. Pass several radii or regs.")
     steps = 2 + (standardise == "whiten")
     steps += candidates + rounds + (max_clean_drop is not None) if candidates > 1 else 0
     say = _teller(progress, steps)
     say("extracting features")
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     labels = labels.to(device)
-    mapping: nn.Module | None = None
 
     def splice(head: nn.Module) -> SplicedModel:
-        model = replace_head(backbone, head, at=at, example_input=images[:2])
-        if mapping is not None:
-            model.backbone = cast(Any, nn.Sequential(model.backbone, mapping))
-        return model
+        return replace_head(backbone, head, at=at, example_input=images[:2])
 
     probe = splice(nn.Identity()).backbone
     features = extract_features(probe, images, batch_size=batch_size, cache_dir=cache_dir).to(device)
     if standardise == "whiten":
         say("measuring how far the threat moves the features")
-        mapping = displacement_map(probe, images, features, threat, seed=seed, batch=batch_size)
-        head_settings = {"standardize": False, **head_settings}
-        probe, features = splice(nn.Identity()).backbone, torch.cat([mapping(part) for part in features.split(4096)])
+        scaled = bool(head_settings.get("standardize", True))
+        matrix = whitening(probe, images, features, threat, seed=seed, batch=batch_size, standardize=scaled)
+        head_settings = {**head_settings, "whitening": matrix}
 
     def fit(r: float, b: float, rows: Tensor, aim: float, start: Any, more: Sequence[Any] = ()) -> ConvexRobustHead:
         head = ConvexRobustHead(features.shape[1], num_classes, radius=r, reg=b, **head_settings).to(device)
@@ -202,6 +201,13 @@ def robustify(
                 path.append(validated(head, number))
                 heads.append(head)
         best = best_of(path)
+        if not path[best].allowed:
+            warnings.warn(
+                f"no candidate keeps a validation accuracy of {least_clean:.3f} when clean; the best has "
+                f"{path[best].clean:.3f}. Smaller radii, or a larger max_clean_drop, would do.",
+                ChoiceWarning,
+                stacklevel=2,
+            )
         start, chosen_rounds = heads[best].network(), path[best].round
         path[best] = replace(path[best], chosen=True)
     say(f"fitting radius {chosen_radius:g}, reg {chosen_reg:g} on all {len(labels)} examples")

@@ -47,6 +47,7 @@ class Rows:
         features: (n, d) tensor, or a numpy array or memmap; read as float64.
         labels: (n,) int64 on the device of the computation.
         mean, scale: (d,) standardisation (x - mean) / scale; None for none.
+        whitening: (d, d) what standardised rows are multiplied by; None for nothing.
         dtype: dtype of the chunks.
         chunk_rows: rows of a chunk.
         stream: leave the features where they are and read them in every pass.
@@ -59,6 +60,7 @@ class Rows:
         *,
         mean: Tensor | None = None,
         scale: Tensor | None = None,
+        whitening: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
         chunk_rows: int = 8192,
         stream: bool = False,
@@ -67,6 +69,7 @@ class Rows:
         self.dtype, self.device, self.chunk_rows, self.stream = dtype, labels.device, chunk_rows, stream
         self._mean = None if mean is None else mean.to(self.device).double()
         self._scale = None if scale is None else scale.to(self.device).double()
+        self._whitening = None if whitening is None else whitening.to(self.device).double()
         self._source: Tensor | np.ndarray = features
         self.order = torch.arange(self.n, device=self.device) if stream else torch.argsort(labels, stable=True)
         self.labels = labels[self.order]
@@ -102,6 +105,8 @@ class Rows:
         wide = raw.to(self.device).double()
         if self._mean is not None and self._scale is not None:
             wide = (wide - self._mean) / self._scale
+        if self._whitening is not None:
+            wide = wide @ self._whitening
         return wide.to(dtype or self.dtype)
 
     def __iter__(self) -> Iterator[Chunk]:

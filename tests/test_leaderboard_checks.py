@@ -142,6 +142,8 @@ CHANGES = {
     "radius": (put(0.5, "convex_head", "metadata", "radius"), "others did better on its path"),
     "negative radius": (put(-1.0, "convex_head", "metadata", "radius"), "radius of the head is -1.0"),
     "passed over": (put(False, "convex_head", "metadata", "path", 0, "allowed"), "passed over"),
+    "not a flag": (put("no", "convex_head", "metadata", "path", 0, "allowed"), "true or false"),
+    "chosen": (put(True, "convex_head", "metadata", "path", 0, "chosen"), "chosen candidates"),
     "candidate": (put(1.5, "convex_head", "metadata", "path", 0, "robust"), "an accuracy outside [0, 1]"),
     "seed": (put(0.5, "convex_head", "seed"), "seed is 0.5"),
     "another seed": (put(1, "convex_head", "seed"), "its command has --seed 0, the record 1"),

@@ -1,5 +1,6 @@
 """robustify: the choice of radius, the ellipsoid and the adversarial rounds."""
 
+import re
 import sys
 
 import pytest
@@ -8,8 +9,8 @@ from torch import nn
 
 from convex_head import errors
 from convex_head.baselines import preact_resnet_small, train
-from convex_head.displacement import attacked_images, displacement_map
-from convex_head.features import extract_features
+from convex_head.displacement import attacked_images, whitening
+from convex_head.head import ConvexRobustHead
 from convex_head.robustify import _split, robustify
 from convex_head.splice import replace_head
 from convex_head.threat import ThreatModel
@@ -57,7 +58,9 @@ def test_clean_accuracy_can_be_kept(setting, monkeypatch):
     assert chosen(setting, max_clean_drop=0.05).head.radius == 0.25
     assert chosen(setting, max_clean_drop=0.1).head.radius == 0.5
     scores[0.25] = (own - 0.2, 0.9)
-    assert chosen(setting, max_clean_drop=0.0).head.radius == 0.5
+    with pytest.warns(errors.ChoiceWarning, match="no candidate keeps"):
+        model = chosen(setting, max_clean_drop=0.0)
+    assert model.head.radius == 0.5 and not any(one.allowed for one in model.path_)
 
 
 def test_attacked_images_stay_in_the_threat_set_and_hurt(setting):
@@ -72,38 +75,66 @@ def test_attacked_images_stay_in_the_threat_set_and_hurt(setting):
     assert float((margin(images) - margin(found)).mean()) > 0.1
 
 
-@pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 0.5)], ids=["Linf", "L2"])
-def test_the_threat_reaches_as_far_in_all_directions_behind_the_map(setting, threat):
-    """Directions of our own, and four gradient steps along each instead of the module's three."""
-    model, images, _ = setting
-    backbone = replace_head(model, nn.Identity(), at="fc").backbone
-    features = extract_features(backbone, images)
-    linear = displacement_map(backbone, images, features, threat, seed=1)
-    torch.testing.assert_close(linear(features).mean(0), torch.zeros(features.shape[1]), atol=1e-4, rtol=0)
+def linear_backbone(jacobian, scale=1e-3):
+    """Images (n, 1, 1, k) near 1/2 to features J x, which eps leaves inside [0, 1]; the features of 400 images."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(jacobian.shape[1], len(jacobian)))
+    net[1].weight.data, net[1].bias.data = jacobian.float(), torch.zeros(len(jacobian))
+    images = 0.5 + scale * torch.randn(400, 1, 1, jacobian.shape[1], generator=torch.Generator().manual_seed(3))
+    return net, images, images.flatten(1) @ jacobian.float().mT
 
-    def displaced(scale):
-        directions = torch.randn(len(images), features.shape[1], generator=torch.Generator().manual_seed(7))
-        directions /= directions.norm(dim=1, keepdim=True)
-        x = images
-        for _ in range(4):
-            x = x.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(((backbone(x) @ scale.mT) * directions).sum(), x)
-            step = (
-                gradient.sign()
-                if threat.norm == "Linf"
-                else gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            )
-            x = threat.project(images, x + threat.eps / 3 * step).detach()
-        shift = (backbone(x) - features) @ scale.mT
-        return shift, float((shift * directions).sum(1).mean())
 
-    def spread(d):
-        values = torch.linalg.eigvalsh(d.double().mT @ d.double())
-        return float(values[-1] / values.sum())
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_radius_one_is_the_mean_reach_which_is_closed_form_for_linear_backbones(norm):
+    """In direction w behind W it is eps |J'D W w|_1 or _2, D the deviations' inverse."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])) @ torch.randn(5, 12, generator=generator)
+    net, images, features = linear_backbone(jacobian)
+    matrix = whitening(net, images, features, ThreatModel(norm, 0.1))
+    back = jacobian.double() / features.double().std(0, correction=0)[:, None]
 
-    (before, _), (behind, reach) = displaced(torch.diag(1 / features.std(0))), displaced(linear.weight)
-    assert spread(behind) < 0.7 * spread(before)
-    assert reach == pytest.approx(1, abs=0.15)
+    def reach(directions):
+        moved = directions @ matrix.mT @ back
+        return 0.1 * (moved.abs().sum(1) if norm == "Linf" else moved.norm(dim=1))
+
+    directions = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    assert float(reach(directions / directions.norm(dim=1, keepdim=True)).mean()) == pytest.approx(1, abs=0.03)
+    along, plain = reach(torch.eye(5).double()), 0.1 * (back.abs().sum(1) if norm == "Linf" else back.norm(dim=1))
+    assert float(along.max() / along.min()) < 2.5
+    # Displacements of random directions have one covariance but for the shrinkage.
+    v = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
+    step = (v @ back).sign() if norm == "Linf" else (v @ back) / (v @ back).norm(dim=1, keepdim=True)
+    shift = 0.1 * step @ back.mT
+    spread = [torch.linalg.eigvalsh(d.mT @ d / len(d)) for d in (shift, shift @ matrix)]
+    assert float(spread[1][-1] / spread[1][0]) < 0.3 * float(spread[0][-1] / spread[0][0])
+    assert plain.isfinite().all()
+
+
+def test_whitening_depends_on_its_seed_alone_and_takes_images_of_all_classes():
+    jacobian = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    net, images, features = linear_backbone(jacobian)
+    state = torch.get_rng_state()
+    found = [whitening(net, images, features, THREAT, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    # Sorted rows: the first 2,000 of 4,000 do not move at all.
+    still = torch.cat([torch.zeros(3000, 1, 1, 6), images.repeat(10, 1, 1, 1)[:1000]])
+    gate = nn.Sequential(nn.Threshold(0.2, 0.0), net)
+    assert float(whitening(gate, still, gate(still).detach(), THREAT).norm()) > 0
+
+
+def test_whitening_of_double_backbones_and_constant_features():
+    jacobian = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    jacobian[1] = 0
+    net, images, features = linear_backbone(jacobian)
+    single = whitening(net, images, features, THREAT)
+    assert bool(single.isfinite().all())
+    torch.testing.assert_close(whitening(net.double(), images, features, THREAT), single, rtol=1e-2, atol=1e-2)
+
+
+def test_whitening_is_of_l2_and_linf_threats(setting):
+    model, images, labels = setting
+    with pytest.raises(errors.InputError, match="Linf or L2; found L1"):
+        robustify(model, (images, labels), ThreatModel("L1", 1.0), radius=1.0, reg=0.1)
 
 
 def test_a_backbone_that_does_not_move_is_refused(setting):
@@ -126,18 +157,50 @@ def test_a_backbone_without_gradients_takes_the_round_ball(setting):
     assert model.head.standardize
 
 
-def test_whitened_model_is_certified_behind_the_map(setting):
+def test_whitened_head_is_certified_in_the_ellipsoid_and_travels_alone(setting, tmp_path):
     model = chosen(setting)
-    _, images, labels = setting
-    assert not model.head.standardize
+    network, images, labels = setting
+    head = model.head
+    assert head.standardize and head.whitening is not None
     features = model.features(images)
-    margins = model.head.worst_case_margin(features, labels)
-    worst = model.head.worst_case_features(features, labels)
-    logits = model.head(worst)
+    margins = head.worst_case_margin(features, labels)
+    worst = head.worst_case_features(features, labels)
+    logits = head(worst)
     attained = logits.gather(1, labels[:, None])[:, 0] - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     torch.testing.assert_close(attained.double(), margins, atol=1e-3, rtol=1e-3)
-    assert float((worst - features).norm(dim=1).max()) <= model.head.radius * (1 + 1e-4)
-    torch.testing.assert_close(model(images), model.head(features))
+    steps = (worst - features).double() / head.scale.double() @ head.whitening.double()
+    torch.testing.assert_close(steps.norm(dim=1), torch.full((90,), head.radius).double(), atol=1e-3, rtol=1e-3)
+    assert model.head.problem(features, labels).objective(head.network()) == pytest.approx(
+        head.result_.primal, rel=1e-9
+    )
+    loaded = ConvexRobustHead.load(head.save(tmp_path / "head.safetensors"))
+    again = replace_head(network, loaded)
+    torch.testing.assert_close(again(images), model(images))
+    fresh = ConvexRobustHead(head.in_features, 3)
+    fresh.load_state_dict(head.state_dict())
+    torch.testing.assert_close(fresh(features), head(features))
+
+
+def test_whitening_must_be_a_square_invertible_matrix():
+    for wrong, found in ((torch.eye(3), "(3, 3)"), ([1.0], "list"), (torch.zeros(4, 4), "singular values from 0")):
+        with pytest.raises(errors.SettingError, match=re.escape(found)):
+            ConvexRobustHead(4, 2, whitening=wrong)
+
+
+@pytest.mark.parametrize("activation", ["polynomial", "relu"])
+def test_a_whitened_head_is_the_head_of_whitened_features(activation):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=generator), torch.arange(60) % 2
+    x[:, 0] += 2.0 * y
+    matrix = torch.eye(4) + 0.3 * torch.randn(4, 4, generator=generator)
+    settings = {"radius": 0.3, "reg": 0.05, "activation": activation}
+    inside = ConvexRobustHead(4, 2, whitening=matrix, standardize=False, **settings).fit(x, y, tol=1e-2)
+    outside = ConvexRobustHead(4, 2, standardize=False, **settings).fit(x @ matrix, y, tol=1e-2)
+    # Gates of rounded features make other steps to the same optimum, which tol leaves so far apart.
+    near = {"atol": 1e-3 if activation == "polynomial" else 2e-2, "rtol": 1e-3}
+    torch.testing.assert_close(inside(x), outside(x @ matrix), **near)
+    for name in ("worst_case_margin", "distance_to_boundary"):
+        torch.testing.assert_close(getattr(inside, name)(x, y), getattr(outside, name)(x @ matrix, y), **near)
 
 
 def test_rounds_are_validated_and_change_the_head(setting):
@@ -150,6 +213,20 @@ def test_rounds_are_validated_and_change_the_head(setting):
     assert not torch.allclose(without(images), after(images), atol=1e-3)
 
 
+def test_rounds_add_the_features_of_attacked_images(setting, monkeypatch):
+    model, images, labels = setting
+    seen, fit = [], ConvexRobustHead.fit
+    monkeypatch.setattr(
+        ConvexRobustHead, "fit", lambda self, x, *a, **k: (seen.append(x.clone()), fit(self, x, *a, **k))[1]
+    )
+    robustify(model, (images, labels), THREAT, radius=0.5, reg=0.1, tol=0.05, rounds=1)
+    plain, more = seen
+    assert torch.equal(more[:90], plain) and more.shape == (180, plain.shape[1])
+    one = robustify(model, (images, labels), THREAT, radius=0.5, reg=0.1, tol=0.05)
+    found = attacked_images(one, images, labels, THREAT)
+    torch.testing.assert_close(more[90:], one.features(found), atol=1e-4, rtol=1e-4)
+
+
 def test_bad_settings_are_refused(setting):
     with pytest.raises(errors.InputError, match="'whiten' or 'scale'"):
         chosen(setting, standardise="zca")
@@ -159,6 +236,8 @@ def test_bad_settings_are_refused(setting):
         chosen(setting, validation_share=1.0)
     with pytest.raises(errors.InputError, match="max_clean_drop must be in"):
         chosen(setting, max_clean_drop=-0.1)
+    with pytest.raises(errors.InputError, match="chooses among candidates; found one"):
+        chosen(setting, radius=1.0, max_clean_drop=0.1)
     other = nn.Sequential(setting[0], nn.Linear(3, 5))
     with pytest.raises(errors.InputError, match="5 outputs and 3 classes"):
         chosen((other, *setting[1:]), max_clean_drop=0.1)

@@ -63,6 +63,7 @@ class TrainingData:
         features: (n, d) tensor, or a numpy.memmap, not standardised.
         labels: (n,) int64, on the device of the computation.
         mean, scale: (d,) of the standardisation (x - mean) / scale.
+        whitening: (d, d) what standardised features are multiplied by; None for nothing.
         shard: the part of the rows that this process holds.
     """
 
@@ -70,6 +71,7 @@ class TrainingData:
     labels: Tensor
     mean: Tensor
     scale: Tensor
+    whitening: Tensor | None = None
     shard: Whole = field(default_factory=Whole)
 
     def standardised(self, activation: str) -> Tensor:
@@ -84,7 +86,8 @@ class TrainingData:
                 f"found {activation!r}. Load the features into memory, or change the activation."
             )
         mean, scale = (value.to(self.features.device).double() for value in (self.mean, self.scale))
-        return (self.features.double() - mean) / scale
+        z = (self.features.double() - mean) / scale
+        return z if self.whitening is None else z @ self.whitening.to(z)
 
 
 class Activation(abc.ABC):

@@ -75,6 +75,7 @@ class Polynomial(Activation):
             dtype=torch.float32 if numbers > (_FLOAT32_ABOVE if is_double else _OWN_FLOAT32_ABOVE) else torch.float64,
             mean=data.mean,
             scale=data.scale,
+            whitening=data.whitening,
             stream=is_mapped(data.features),
             shard=data.shard,
         )

@@ -106,6 +106,6 @@ class FeatureExact(Attack):
 
         def distance(points: Tensor) -> Tensor:
             # In the units of the ball: the head's own scale of each feature.
-            return ((backbone(points) - target) / head.scale).flatten(1).square().sum(dim=1)
+            return head.in_units(backbone(points) - target).flatten(1).square().sum(dim=1)
 
         return descend(distance, x, start, threat, steps=self.steps // 2)[0]

@@ -84,7 +84,7 @@ class PolynomialProblem:
         coefficients: (a, b, c) of the activation, a > 0.
         dtype: precision of the bulk computation; sums and factorisations are float64.
         chunk_rows: rows processed together; None for what suits the device.
-        mean, scale: (d,) standardisation of the features, applied chunk by chunk; None for none.
+        mean, scale, whitening: (d,), (d,), (d, d) standardisation of the features, chunk by chunk; None for none.
         stream: read the features anew in every pass instead of holding them (convex_head/rows.py).
         shard: the part of the rows that is held here, where several processes share them (convex_head/shards.py).
     """
@@ -103,6 +103,7 @@ class PolynomialProblem:
         chunk_rows: int | None = None,
         mean: Tensor | None = None,
         scale: Tensor | None = None,
+        whitening: Tensor | None = None,
         stream: bool = False,
         shard: Whole | None = None,
     ):
@@ -114,10 +115,9 @@ class PolynomialProblem:
         self._loss = get_loss(loss)
         on_gpu = min(_GPU_CHUNK, max(1, _GPU_MARGINS // num_classes))
         chunk_rows = chunk_rows or (_CHUNK if labels.device.type == "cpu" else on_gpu)
-        self._use(
-            Rows(features, labels, mean=mean, scale=scale, dtype=dtype, chunk_rows=chunk_rows, stream=stream),
-            self.shard.total(len(labels)),
-        )
+        units = {"mean": mean, "scale": scale, "whitening": whitening}
+        rows = Rows(features, labels, **units, dtype=dtype, chunk_rows=chunk_rows, stream=stream)
+        self._use(rows, self.shard.total(len(labels)))
 
     def _use(self, rows: Rows, total: int) -> None:
         self._scan = MarginScan(

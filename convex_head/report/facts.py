@@ -170,6 +170,8 @@ def _check_choice(name: str, record: EvalRecord) -> None:
         not 0 <= c[key] <= 1 for c in path for key in keys[2:]
     ):
         raise EntryError(f"{name}: a candidate on its path has no number, or an accuracy outside [0, 1]. Fit it again.")
+    if not all(isinstance(c.get(flag, True), bool) for c in path for flag in ("allowed", "chosen")):
+        raise EntryError(f"{name}: allowed and chosen of a candidate are true or false. Fit it again.")
     allowed = [c for c in path if c.get("allowed", True)]
     least = min((c["clean"] for c in allowed), default=math.inf)
     if any(c["clean"] >= least for c in path if c not in allowed):
@@ -180,6 +182,9 @@ def _check_choice(name: str, record: EvalRecord) -> None:
         raise EntryError(
             f"{name}: radius and reg are {plain(chosen, 60)}, but others did better on its path. Fit it again."
         )
+    marked = [[c["radius"], c["reg"]] for c in path if c.get("chosen")]
+    if any("chosen" in c for c in path) and marked != [chosen]:
+        raise EntryError(f"{name}: its path has {len(marked)} chosen candidates, of {plain(marked, 60)}. Fit it again.")
     rounds = [c["round"] for c in path if (c["robust"], c["clean"]) == best and "round" in c]
     if rounds and record.metadata.get("rounds", rounds[0]) not in rounds:
         raise EntryError(

@@ -239,7 +239,8 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
     figure.supylabel("robust test accuracy, %", fontsize=10)
     label = "CPU seconds of the head, choice of its settings included (own: 0, at the left edge). Hollow: column apgd"
     figure.supxlabel("\n".join(wrap(label, 55 * wide)), fontsize=10)
-    figure.legend(loc="outside upper center", ncols=6, fontsize=8)
+    columns = max(1, 48 * wide // (6 + max(map(len, heads), default=0)))
+    figure.legend(loc="outside upper center", ncols=min(6, columns), fontsize=8)
 
 
 def report(options: argparse.Namespace, records: Sequence[EvalRecord]) -> None:

@@ -79,7 +79,7 @@ def displacements(shape: str, model: nn.Module, sample: MovedImages, labels: Ten
         return sample.shift(THREAT.project(sample.images, sample.images + THREAT.eps * signs))
     if shape == "attack":
         return sample.shift(attacked_images(model, sample.images, labels, THREAT))
-    return sample.ascended(torch.eye(len(sample.scale), dtype=torch.float64))[1]
+    return sample.ascended()[1]
 
 
 def measure(plan: Plan, name: str) -> list[Record]:

@@ -186,7 +186,7 @@ def _linear_in_ball(
     def standardised() -> tuple[Units, Tensor]:
         features = _features(model, data, at)
         sample = MovedImages(probe, data.images, features, threat, seed=seed)
-        units = Units.of(sample, sample.ascended(torch.eye(features.shape[1], dtype=torch.float64))[1])
+        units = Units.of(sample, sample.ascended()[1])
         return units, units.of_features(features)
 
     def fitted(units: Units, z: Tensor, radius: float, decay: float, rows: Tensor) -> nn.Module:

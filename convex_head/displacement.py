@@ -75,8 +75,7 @@ def whitening(
         InputError: the threat moves no feature or is another one, or the backbone has no gradients.
     """
     sample = MovedImages(backbone, images, features, threat, seed=seed, batch=batch, standardize=standardize)
-    _, shift = sample.ascended(torch.eye(len(sample.scale), dtype=torch.float64, device=sample.scale.device))
-    return sample.whitening(shift)
+    return sample.whitening(sample.ascended()[1])
 
 
 class MovedImages:
@@ -118,11 +117,11 @@ class MovedImages:
         """Displacements (N, p), standardised, of the sample's images after they were moved to ``images``."""
         return (self._features(images) - self.clean) / self.scale
 
-    def ascended(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def ascended(self, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Random unit directions (N, p) behind ``matrix``, and displacements (N, p) of images that ascend them."""
         directions = torch.randn(self.clean.shape, generator=self._generator, dtype=torch.float64)
         directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.scale.device)
-        along = directions @ matrix.mT / self.scale
+        along = (directions if matrix is None else directions @ matrix.mT) / self.scale
         return directions, self.shift(_ascended(self._backbone, self.images, along, self._threat, self._batch))
 
     def whitening(self, shift: Tensor | None) -> Tensor:

@@ -98,7 +98,7 @@ def test_radius_one_is_the_mean_reach_which_is_closed_form_for_linear_backbones(
 
     directions = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
     assert float(reach(directions / directions.norm(dim=1, keepdim=True)).mean()) == pytest.approx(1, abs=0.03)
-    along, plain = reach(torch.eye(5).double()), 0.1 * (back.abs().sum(1) if norm == "Linf" else back.norm(dim=1))
+    along = reach(torch.eye(5).double())
     assert float(along.max() / along.min()) < 2.5
     # Displacements of random directions have one covariance but for the shrinkage.
     v = torch.randn(4000, 5, generator=generator, dtype=torch.float64)
@@ -106,7 +106,6 @@ def test_radius_one_is_the_mean_reach_which_is_closed_form_for_linear_backbones(
     shift = 0.1 * step @ back.mT
     spread = [torch.linalg.eigvalsh(d.mT @ d / len(d)) for d in (shift, shift @ matrix)]
     assert float(spread[1][-1] / spread[1][0]) < 0.3 * float(spread[0][-1] / spread[0][0])
-    assert plain.isfinite().all()
 
 
 def test_whitening_depends_on_its_seed_alone_and_takes_images_of_all_classes():

@@ -26,14 +26,19 @@ def mapped(tmp_path: Path, x: np.ndarray) -> np.memmap:
     return np.load(tmp_path / "x.npy", mmap_mode="r")
 
 
+@pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("chunk", [7, 64])
-def test_streamed_rows_are_the_rows_in_the_order_of_the_file(tmp_path: Path, chunk: int) -> None:
+def test_streamed_rows_are_the_rows_in_the_order_of_the_file(tmp_path: Path, chunk: int, whitened: bool) -> None:
     x, y = data()
-    mean, scale = torch.full((6,), 0.5), torch.full((6,), 2.0)
-    streamed = Rows(mapped(tmp_path, x), y, mean=mean, scale=scale, chunk_rows=chunk, stream=True)
+    matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(2)).double() if whitened else None
+    units = {"mean": torch.full((6,), 0.5), "scale": torch.full((6,), 2.0), "whitening": matrix}
+    streamed = Rows(mapped(tmp_path, x), y, **units, chunk_rows=chunk, stream=True)
     expected = (torch.as_tensor(x).double() - 0.5) / 2
+    expected = expected if matrix is None else expected @ matrix
     torch.testing.assert_close(streamed.all(), expected)
-    held = Rows(torch.as_tensor(x), y, mean=mean, scale=scale, chunk_rows=chunk)
+    held = Rows(torch.as_tensor(x), y, **units, chunk_rows=chunk)
+    assert streamed.sample(20, 3).digest() == pytest.approx(held.sample(20, 3).digest(), rel=1e-9)
+    torch.testing.assert_close(streamed.sample(20, 3).all(), held.sample(20, 3).all())
     torch.testing.assert_close(held.all(), expected[held.order])
     assert (held.labels.diff() >= 0).all()
     for rows in (streamed, held):

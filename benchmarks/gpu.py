@@ -235,7 +235,7 @@ def draw(pyplot: Any, records: list[Record]) -> None:
     pyplot.xscale("log")
     pyplot.xlabel("milliseconds a pass")
     pyplot.title("A pass: loss, neurons a class")
-    pyplot.legend()
+    pyplot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
 COLUMNS = [

@@ -195,7 +195,7 @@ def _shown(pair: Record | None) -> str:
 def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Record]]:
     """Rows by architecture, backbone, norm and eps, largest eps first: a head's of most seeds, AutoAttack first.
 
-    A threat that the network's own head alone has met makes no panel.
+    A threat that one head alone has met makes no panel, where others have met several.
     """
     panels: dict[tuple[str, str, str, str], dict[str, Record]] = {}
     for row in sorted(rows, key=lambda row: (row["seeds"], row["attacks"] == "autoattack")):
@@ -206,7 +206,8 @@ def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Reco
         return _ARCHITECTURES.index(arch), norm == "L2", -_number(eps), _BACKBONES.index(name)
 
     order = sorted(panels, key=place)
-    return {key: list(panels[key].values()) for key in order if len(panels[key]) > 1 or len(panels) == 1}
+    compared = [key for key in order if len(panels[key]) > 1]
+    return {key: list(panels[key].values()) for key in compared or order}
 
 
 def draw(pyplot: Any, rows: Sequence[Record]) -> None:

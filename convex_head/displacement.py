@@ -1,11 +1,12 @@
 """The ellipsoid that features reach under a pixel threat: a whitening matrix behind which it is about a ball.
 
-With z the standardised features of an image x, a direction v drawn at random for every image, and images x' in the
-threat's ball that ascend v'z,
+With z the standardised features of an image x, a direction v drawn at random for every image, and images x' one step
+of the threat's length along the gradient of v'z,
 
     S = E[d d'] + shrink tr(S)/p I,   d = z(x') - z(x),     z W,   W = s S^(-1/2)
 
-where s makes the reach 1: the mean of w'W'd over unit vectors w drawn at random, for x' that ascend w'W'z. Behind W
+where s makes the reach 1: the mean of w'W'd over unit vectors w drawn at random, for x' that ascend w'W'z in three
+steps. S has as many numbers as features squared, so it takes directions in proportion to their number. Behind W
 displacements have the same covariance in all directions, and a ball of radius 1 goes as far as the threat moves
 features in a direction that it aims at, on average: single directions differ, by a factor of two on trained networks,
 where they differ by far more without W. In front of it the ball is an ellipsoid, longer where images move the features
@@ -28,10 +29,14 @@ from convex_head.threat import ThreatModel
 
 _SHRINK = 0.1
 _STEPS = 10
-# Images, each with a direction, and steps of eps/2 along it.
-_DRAWS, _DIRECTED_STEPS = 2000, 3
+# Directions, each with an image, for S: so many, and for every feature. One step of eps along each: more steps, or
+# directions drawn behind W, gave heads that were no better, fewer draws worse ones.
+_LEAST_DRAWS, _DRAWS_OF_A_FEATURE = 2000, 16
+# Directions behind W for the reach, and steps of eps/2 along each.
+_REACH_DRAWS, _REACH_STEPS = 1000, 3
 # A reach below this is rounding.
 _LEAST = 1e-6
+_ROWS = 4096
 _ROUND = "standardise='scale' takes the round ball, which needs no gradients."
 
 
@@ -64,7 +69,7 @@ def whitening(
 
     Args:
         backbone: images to features, flattened to (n, p).
-        images: (n, ...); 2,000 of them are moved.
+        images: (n, ...); 16 of them are moved for every feature, at least 2,000, some of them several times.
         features: (n, p), those of the images.
         threat: Linf or L2, in pixels.
         seed: of the images and directions.
@@ -85,8 +90,7 @@ class MovedImages:
         backbone, images, features, threat, seed, batch, standardize: as in :func:`whitening`.
 
     Attributes:
-        images: (N, ...) those that are moved.
-        clean: (N, p) their features, float64.
+        rows: (N,) the images that are moved; where they are too few, several times each.
         mean, scale: (p,) of all features, as a head has them.
     """
 
@@ -104,32 +108,75 @@ class MovedImages:
         if threat.norm not in ("Linf", "L2"):
             raise InputError(f"the threat must be Linf or L2; found {threat.norm}. {_ROUND}")
         self._backbone, self._threat, self._batch = backbone, threat, batch
+        self._images, self._all = images, features
         self._generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(images), generator=self._generator)[:_DRAWS]
+        draws, n = max(_LEAST_DRAWS, _DRAWS_OF_A_FEATURE * features.shape[1]), len(images)
+        shuffled = [torch.randperm(n, generator=self._generator) for _ in range(-(-draws // n))]
+        self.rows = torch.cat(shuffled)[:draws]
         self.mean, self.scale = mean_and_scale(features, torch.float64, Whole(), none=not standardize)
-        self.images = images[rows.to(images.device)]
-        self.clean = self._features(self.images)
 
-    def _features(self, images: Tensor) -> Tensor:
-        return extract_features(self._backbone, images, batch_size=self._batch).double().to(self.scale.device)
+    @property
+    def images(self) -> Tensor:
+        """(N, ...) those that are moved."""
+        return self._images[self.rows.to(self._images.device)]
 
-    def shift(self, images: Tensor) -> Tensor:
-        """Displacements (N, p), standardised, of the sample's images after they were moved to ``images``."""
-        return (self._features(images) - self.clean) / self.scale
+    def shift(self, images: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Displacements (N, p), standardised, of the features after the images at ``rows`` were moved to these."""
+        moved = extract_features(self._backbone, images, batch_size=self._batch).to(self.scale.device)
+        clean = self._all[(self.rows if rows is None else rows).to(self._all.device)]
+        return (moved.double() - clean.double().to(moved.device)) / self.scale
 
-    def ascended(self, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Random unit directions (N, p) behind ``matrix``, and displacements (N, p) of images that ascend them."""
-        directions = torch.randn(self.clean.shape, generator=self._generator, dtype=torch.float64)
-        directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.scale.device)
-        along = (directions if matrix is None else directions @ matrix.mT) / self.scale
-        return directions, self.shift(_ascended(self._backbone, self.images, along, self._threat, self._batch))
+    def ascended(
+        self, matrix: Tensor | None = None, *, steps: int = 1, draws: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images that ascend random unit directions behind ``matrix``, one each.
+
+        Args:
+            matrix: (p, p), None for the identity.
+            steps: of the ascent; of eps where it is one, else of eps/2.
+            draws: how many of the images; None for all.
+
+        Returns:
+            How far each moved its features along its direction (N,), and displacements (N, p), standardised.
+        """
+        along, shifts, width = [], [], len(self.scale)
+        for rows in self.rows[:draws].split(self._batch):
+            directions = torch.randn(len(rows), width, generator=self._generator, dtype=torch.float64)
+            directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.scale.device)
+            behind = directions if matrix is None else directions @ matrix.mT
+            shift = self.shift(self._moved(rows, behind / self.scale, steps), rows)
+            along.append((behind * shift).sum(1))
+            shifts.append(shift.to(self._all.dtype))
+        return torch.cat(along), torch.cat(shifts)
+
+    def _moved(self, rows: Tensor, directions: Tensor, steps: int) -> Tensor:
+        """Images at these rows that ascend directions (B, p) of the features."""
+        backbone, threat = self._backbone, self._threat
+        images = self._images[rows.to(self._images.device)]
+        dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), images.dtype)
+        x = images.to(_device(backbone, images), dtype)
+        along = directions.to(x)
+
+        def progress(features: Tensor) -> Tensor:
+            return (features.flatten(1) * along).sum()
+
+        size = threat.eps / min(steps, 2)
+        try:
+            moved = maximise(backbone, x, threat, progress, start=x, steps=steps, step_size=size)
+        except RuntimeError as problem:
+            if "does not require grad" not in str(problem):
+                raise
+            raise InputError(f"the backbone must be differentiable in its images; it is not. {_ROUND}") from None
+        return moved.to(images)
 
     def whitening(self, shift: Tensor | None) -> Tensor:
         """W (p, p) of reach 1 that gives displacements (M, p), standardised, one covariance; None: a multiple of I."""
         width, device = len(self.scale), self.scale.device
         root = torch.eye(width, dtype=torch.float64, device=device)
         if shift is not None:
-            covariance = shift.mT @ shift / len(shift)
+            covariance = torch.zeros_like(root)
+            for part in shift.double().split(_ROWS):
+                covariance += part.mT @ part / len(shift)
             if not float(covariance.trace()) > _LEAST**2:
                 raise InputError(
                     f"images within {self._threat} must move the features; found displacements of "
@@ -137,31 +184,10 @@ class MovedImages:
                 )
             values, vectors = torch.linalg.eigh(covariance + _SHRINK * covariance.trace() / width * root)
             root = (vectors * values.rsqrt()) @ vectors.mT
-        directions, moved = self.ascended(root)
-        reach = float((directions * (moved @ root)).sum(1).mean())
+        reach = float(self.ascended(root, steps=_REACH_STEPS, draws=_REACH_DRAWS)[0].mean())
         if not reach > _LEAST:
             raise InputError(f"images that ascend a feature must raise it; found a change of {reach:.2g}. {_ROUND}")
         return root / reach
-
-
-def _ascended(backbone: nn.Module, images: Tensor, directions: Tensor, threat: ThreatModel, batch: int) -> Tensor:
-    """Images (N, ...) that ascend directions (N, p) of the features."""
-    found, device = [], _device(backbone, images)
-    dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), images.dtype)
-    for part, along in zip(images.split(batch), directions.split(batch), strict=True):
-        x, along = part.to(device, dtype), along.to(device, dtype)
-
-        def progress(features: Tensor, along: Tensor = along) -> Tensor:
-            return (features.flatten(1) * along).sum()
-
-        try:
-            moved = maximise(backbone, x, threat, progress, start=x, steps=_DIRECTED_STEPS, step_size=threat.eps / 2)
-        except RuntimeError as problem:
-            if "does not require grad" not in str(problem):
-                raise
-            raise InputError(f"the backbone must be differentiable in its images; it is not. {_ROUND}") from None
-        found.append(moved.to(images))
-    return torch.cat(found)
 
 
 def _device(model: nn.Module, images: Tensor) -> torch.device:

@@ -43,6 +43,13 @@ def test_suite_tells_architectures_apart():
     assert "best head-only baseline linear 37.5 %" in small and "baseline" not in tiny
 
 
+def test_single_heads_under_several_threats_have_panels():
+    from benchmarks.fashion_mnist_report import _panels, rows_of
+
+    rows = rows_of([made("convex", 0, "11110000"), made("convex", 0, "11110000", "small")])
+    assert len(_panels(rows)) == 2
+
+
 def made(head, seed, marks, arch="tiny"):
     """A record of eight points with these robust outcomes."""
     right = marks.count("1")

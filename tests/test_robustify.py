@@ -9,7 +9,7 @@ from torch import nn
 
 from convex_head import errors
 from convex_head.baselines import preact_resnet_small, train
-from convex_head.displacement import attacked_images, whitening
+from convex_head.displacement import MovedImages, attacked_images, whitening
 from convex_head.head import ConvexRobustHead
 from convex_head.robustify import _split, robustify
 from convex_head.splice import replace_head
@@ -119,6 +119,18 @@ def test_whitening_depends_on_its_seed_alone_and_takes_images_of_all_classes():
     still = torch.cat([torch.zeros(3000, 1, 1, 6), images.repeat(10, 1, 1, 1)[:1000]])
     gate = nn.Sequential(nn.Threshold(0.2, 0.0), net)
     assert float(whitening(gate, still, gate(still).detach(), THREAT).norm()) > 0
+
+
+def test_images_are_moved_in_proportion_to_the_features_and_equally_often():
+    net, images, features = linear_backbone(torch.randn(150, 12, generator=torch.Generator().manual_seed(1)))
+    sample = MovedImages(net, images, features, THREAT)
+    assert torch.bincount(sample.rows).tolist() == [6] * 400
+    along, shift = sample.ascended(torch.eye(150).double(), steps=3, draws=100)
+    assert along.shape == (100,) and shift.shape == (100, 150)
+    # Linear: one step reaches as far as several, and what is gained along a direction is its share of the displacement.
+    once = MovedImages(net, images, features, THREAT).ascended(draws=100)
+    torch.testing.assert_close(once[0], along, rtol=1e-3, atol=1e-4)
+    assert bool((along > 0).all()) and bool((along <= shift.double().norm(dim=1)).all())
 
 
 def test_whitening_of_double_backbones_and_constant_features():

@@ -183,7 +183,7 @@ def draw(pyplot: Any, records: Sequence[Record]) -> None:
     solves = [row for row in records if row["kind"] == "solve" and row.get("history_gap")]
     parts = [part for part in PARTS if any(row["data"] == part for row in solves)]
     figure = pyplot.gcf()
-    figure.set_size_inches(max(7.2, 4.4 * len(parts)), 4.2)
+    figure.set_size_inches(max(7.2, 4.4 * len(parts)), 4.8)
     axes = figure.subplots(1, max(1, len(parts)), sharey=True, squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=False):
         rows = [row for row in solves if row["data"] == part]
@@ -195,10 +195,11 @@ def draw(pyplot: Any, records: Sequence[Record]) -> None:
             axis.plot(seconds, row["history_gap"], "o-", color=colour, markersize=3, label=label(row, rows))
         for tol in {row["tol"] for row in rows}:
             axis.axhline(tol, color="0.4", linestyle="--", linewidth=1)
-            axis.annotate(f"asked for: {tol:g}", (0.01, tol), (3, 3), ("axes fraction", "data"), "offset points")
+            place = (0.01, tol), (1, -3), ("axes fraction", "data"), "offset points"
+            axis.annotate(f"asked for: {tol:g}", *place, va="top", fontsize=8)
         axis.set(xscale="log", yscale="log", xlabel="seconds", title=f"{part}, n = {largest:,}, d = {rows[0]['d']}")
         axis.tick_params(axis="x", which="minor", labelbottom=False)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     axes[0].set_ylabel("certified relative gap")
 
 

@@ -140,13 +140,15 @@ class MovedImages:
             How far each moved its features along its direction (N,), and displacements (N, p), standardised.
         """
         along, shifts, width = [], [], len(self.scale)
-        for rows in self.rows[:draws].split(self._batch):
-            directions = torch.randn(len(rows), width, generator=self._generator, dtype=torch.float64)
-            directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.scale.device)
-            behind = directions if matrix is None else directions @ matrix.mT
-            shift = self.shift(self._moved(rows, behind / self.scale, steps), rows)
-            along.append((behind * shift).sum(1))
-            shifts.append(shift.to(self._all.dtype))
+        for block in self.rows[:draws].split(_ROWS):
+            # Drawn without regard to the batch, which is of speed and memory alone.
+            drawn = torch.randn(len(block), width, generator=self._generator, dtype=torch.float64)
+            for rows, directions in zip(block.split(self._batch), drawn.split(self._batch), strict=True):
+                directions = (directions / directions.norm(dim=1, keepdim=True)).to(self.scale.device)
+                behind = directions if matrix is None else directions @ matrix.mT
+                shift = self.shift(self._moved(rows, behind / self.scale, steps), rows)
+                along.append((behind * shift).sum(1))
+                shifts.append(shift.to(self._all.dtype))
         return torch.cat(along), torch.cat(shifts)
 
     def _moved(self, rows: Tensor, directions: Tensor, steps: int) -> Tensor:
@@ -175,8 +177,8 @@ class MovedImages:
         root = torch.eye(width, dtype=torch.float64, device=device)
         if shift is not None:
             covariance = torch.zeros_like(root)
-            for part in shift.double().split(_ROWS):
-                covariance += part.mT @ part / len(shift)
+            for part in shift.split(_ROWS):
+                covariance += part.double().mT @ part.double() / len(shift)
             if not float(covariance.trace()) > _LEAST**2:
                 raise InputError(
                     f"images within {self._threat} must move the features; found displacements of "

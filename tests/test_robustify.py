@@ -133,6 +133,12 @@ def test_images_are_moved_in_proportion_to_the_features_and_equally_often():
     assert bool((along > 0).all()) and bool((along <= shift.double().norm(dim=1)).all())
 
 
+def test_the_ellipsoid_does_not_depend_on_the_batch():
+    net, images, features = linear_backbone(torch.randn(5, 12, generator=torch.Generator().manual_seed(1)))
+    small, large = (whitening(net, images, features, THREAT, batch=batch) for batch in (37, 4096))
+    torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-7)
+
+
 def test_whitening_of_double_backbones_and_constant_features():
     jacobian = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     jacobian[1] = 0

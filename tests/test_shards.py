@@ -15,13 +15,14 @@ from convex_head import ConvexRobustHead
 from convex_head.errors import ShardError
 
 RANK = """
-import json, os, sys, warnings
+import atexit, json, os, sys, warnings
 import torch, torch.distributed as dist
 from sklearn.datasets import load_iris
 from convex_head import ConvexRobustHead, activations
 torch.set_num_threads(1)
 rank, lost = int(sys.argv[1]), sys.argv[3] == "lost"
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+atexit.register(dist.destroy_process_group)
 x, y = (torch.as_tensor(v) for v in load_iris(return_X_y=True))
 mine = slice(0, 70) if rank == 0 else slice(70, 150)
 if sys.argv[3] == "one class":
@@ -68,7 +69,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
 
 
 SAMPLES = """
-import sys
+import atexit, sys
 import torch, torch.distributed as dist
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.shards import Shard, Whole
@@ -78,6 +79,7 @@ mine = slice(0, None) if alone else slice(0, 900) if rank == 0 else slice(900, N
 shard = Whole()
 if not alone:
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    atexit.register(dist.destroy_process_group)
     shard = Shard(len(x[mine]), x.device)
 y = torch.arange(1500) % 2
 problem = PolynomialProblem(x[mine], y[mine], num_classes=2, radius=0.0, reg=0.1, shard=shard)

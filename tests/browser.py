@@ -21,7 +21,7 @@ FLAGS = [
     "--remote-debugging-pipe",
 ]
 _KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, "")}
-_SECONDS = 30.0
+_SECONDS = 300.0
 
 
 class Browser:

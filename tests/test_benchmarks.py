@@ -50,13 +50,13 @@ except DatasetNotFoundError:
     HAS_FASHION = False
 
 
-def run(name, *arguments):
-    """Standard output of ``python -m benchmarks.<name>`` from the checkout."""
+def run(name, *arguments, cwd):
+    """Standard output of ``python -m benchmarks.<name>``, which keeps what it has computed in ``cwd``."""
     # One thread: two on a busy machine wait for each other.
     finished = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -79,7 +79,7 @@ def published(tmp_path_factory):
             extra += UNPUBLISHED.get(name, ())
             if name == "solvers" and not HAS_FASHION:
                 extra += ["--only", "breast_cancer", "digits"]
-            run(name, "--threads", "1", "--out", str(out), *extra)
+            run(name, "--threads", "1", "--out", str(out), *extra, cwd=tmp_path_factory.getbasetemp())
             cache[name] = out
         return cache[name]
 
@@ -192,11 +192,10 @@ def test_solvers_record_losses_probes_and_accuracies(published):
 
 def test_solvers_put_finished_parts_together(published, tmp_path):
     first = records(published("solvers"))
-    run("solvers", "--threads", "1", "--folder", str(published("solvers")), "--only", "digits", "--out", str(tmp_path))
+    options = ("solvers", "--threads", "1", "--folder")
+    run(*options, str(published("solvers")), "--only", "digits", "--out", str(tmp_path), cwd=tmp_path)
     assert records(tmp_path) == first
-    told = run(
-        "solvers", "--threads", "1", "--folder", str(tmp_path / "none"), "--report", "--out", str(tmp_path / "no")
-    )
+    told = run(*options, str(tmp_path / "none"), "--report", "--out", str(tmp_path / "no"), cwd=tmp_path)
     assert told == "" and not (tmp_path / "no").exists()
 
 
@@ -283,7 +282,7 @@ def test_fashion_mnist_keeps_finished_cells(published):
         assert 0 <= row["robust"] <= row["clean"] and row["low"] <= row["robust"] <= row["high"]
     by = {row["head"]: row for row in first}
     assert by["mlp_at"]["backwards_fit"] > 0 and by["convex"]["backwards_fit"] == 0
-    run("fashion_mnist", "--folder", str(folder), "--out", str(folder))
+    run("fashion_mnist", "--folder", str(folder), "--out", str(folder), cwd=folder)
     assert records(folder) == first
 
 
@@ -371,13 +370,13 @@ def test_published_results_are_complete():
         assert f"(results/{folder.name}/table.md)" in readme
 
 
-def test_a_killed_evaluation_ends_in_the_same_record():
-    result = json.loads(run("kill_resume"))
+def test_a_killed_evaluation_ends_in_the_same_record(tmp_path):
+    result = json.loads(run("kill_resume", cwd=tmp_path))
     assert result["kills"] == 5 and result["differing_records"] == 0
 
 
-def test_harness_and_autoattack_agree():
-    found = json.loads(run("harness_overhead", "--eps", "0.1"))
+def test_harness_and_autoattack_agree(tmp_path):
+    found = json.loads(run("harness_overhead", "--eps", "0.1", cwd=tmp_path))
     assert len(found["robust_correct"]) == 1 and found["n"] == 24
 
 

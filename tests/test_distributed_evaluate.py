@@ -15,7 +15,7 @@ from convex_head.records import EvalRecord
 from convex_head.threat import ThreatModel
 
 ZOO = """
-import os
+import os, signal
 import torch
 from convex_head.attacks.base import Attack
 from convex_head.data import load_dataset
@@ -28,6 +28,8 @@ def net():
     return torch.nn.Sequential(torch.nn.Flatten(), linear)
 
 def fragile():
+    if os.environ["RANK"] == "0":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, before this one has said what it has met
     whole, seen = Attack.run, []
     def run(self, *args, **kwargs):
         seen.append(1)
@@ -43,8 +45,6 @@ ATTACKS = ["--attack", "apgd-ce", "--attack", "square"]
 
 def together(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    # The launcher ends the other process when it looks; until then that one says what it has met.
-    launcher.append("--monitor-interval=3")
     command = [*launcher, "-m", "convex_head", "evaluate", *arguments, *COMMON, *ATTACKS]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     return subprocess.run(command, capture_output=True, text=True, timeout=180, env=settings, cwd=folder)

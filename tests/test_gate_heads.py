@@ -38,7 +38,7 @@ def fitted(activation: str, changes: dict[str, Any], classes: int = 3) -> Convex
     if key not in _FITTED:
         head = ConvexRobustHead(4, classes, activation=activation, patterns=5, radius=0.2, reg=0.02, **changes)
         x, y = data(classes)
-        _FITTED[key] = head.fit(x, y, tol=5e-2, max_seconds=20)
+        _FITTED[key] = head.fit(x, y, tol=5e-2)
     return _FITTED[key]
 
 
@@ -100,7 +100,7 @@ def test_hard_constraints_at_scale_end_feasible(seed: int) -> None:
     x, y = iris(48)
     settings: dict[str, Any] = {"activation": "relu", "patterns": 8, "radius": 0.1, "reg": 0.02, "slack": math.inf}
     head = ConvexRobustHead(4, 3, **settings).double()
-    head.fit(x, y, tol=5e-2, solver="group_descent", seed=seed, max_seconds=60)
+    head.fit(x, y, tol=5e-2, solver="group_descent", seed=seed)
     assert head.result_ is not None and head.result_.converged and head.result_.extra["violation_max"] <= 1e-5
 
 

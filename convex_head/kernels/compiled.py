@@ -2,6 +2,8 @@
 
 Compiled code is kept on disk, in a folder named by a digest of all files here, because numba itself looks only at the
 file of a function to tell whether its code is out of date. Where no folder can be written, every process compiles anew.
+Processes save under a lock: numba's own saving is a read and a write, between which another process may take the same
+file for the code of other types.
 """
 
 from __future__ import annotations
@@ -9,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 # Its types leave out options of the decorator and the configuration that are used here.
 numba: Any = importlib.import_module("numba")
 _FOLDER = Path("~/.cache/convex_head/kernels")
+# Seconds to wait for another process that saves; it takes a fraction of one.
+_PATIENCE = 30.0
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -39,11 +45,27 @@ def entry(function: Callable[..., Any]) -> Callable[..., Any]:
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str((Path(before) if before else _FOLDER).expanduser() / _digest())
     try:
-        return numba.njit(cache=True, **options)(function)
+        return _saving_alone(numba.njit(cache=True, **options)(function))
     except (RuntimeError, OSError):
         return numba.njit(**options)(function)
     finally:
         numba.config.CACHE_DIR = before
+
+
+def _saving_alone(dispatcher: Any) -> Any:
+    """The dispatcher, whose code one process at a time saves."""
+    cache = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if cache is not None:  # numba's, and not public
+        save = cache.save
+
+        def alone(key: Any, data: Any) -> None:
+            with ExitStack() as held:
+                with suppress(OSError, NotImplementedError):  # no locks in this file system, or nobody lets go
+                    held.enter_context(FileLock(Path(cache._cache_path) / "saving.lock", timeout=_PATIENCE))
+                save(key, data)
+
+        cache.save = alone
+    return dispatcher
 
 
 def _digest() -> str:

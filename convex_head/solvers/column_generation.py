@@ -156,9 +156,9 @@ class ColumnGeneration(Solver):
                 state.centre = None  # that of a sample's rows
                 self._measure(problem, state, run)
                 raise
-            if run.out_of_time():
-                self._measure(problem, state, run)
         self._iterate(problem, run, state, self.inner_evaluations, self.max_iterations)
+        if run.network is None:  # the time was out before the first iteration
+            self._measure(problem, state, run)
 
     def _iterate(self, problem: Any, run: Run, state: _State, evaluations: int, iterations: int) -> _State:
         """So many outer iterations, of so many evaluations each, at most; returns where they stand."""

@@ -39,10 +39,10 @@ def test_a_checkpoint_goes_on_in_the_other_precision(tmp_path: Path, monkeypatch
     monkeypatch.setattr(activations.polynomial, "_OWN_FLOAT32_ABOVE", 50)
     single, path = X.astype(np.float32), tmp_path / "c"
     with pytest.warns(ConvergenceWarning, match="interrupted"):
-        rough = head().fit(single, Y, tol=1e-3, checkpoint=path, callback=lambda line: line.iteration >= 2)
+        rough = head().fit(single, Y, tol=1e-3, checkpoint=path, callback=lambda line: line.iteration >= 1)
     fine = head().fit(single, Y, tol=5e-4, checkpoint=path)
     assert fine.result_.gap <= 5e-4 < rough.result_.gap
-    assert [line.gap for line in fine.result_.history][:2] == [line.gap for line in rough.result_.history][:2]
+    assert [line.gap for line in fine.result_.history][:1] == [line.gap for line in rough.result_.history][:1]
     assert rough.result_.primal >= fine.result_.dual and fine.result_.primal >= rough.result_.dual
 
 

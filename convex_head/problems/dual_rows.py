@@ -26,7 +26,6 @@ class DualRows:
         functions: (N, 2) p and q of the form f_p - f_q.
         sign: (N,) of the form in the margin.
         slope: (N,) s_i / n.
-        free: (N,) S leaves the slope room to move.
     """
 
     points: Tensor
@@ -34,7 +33,6 @@ class DualRows:
     functions: Tensor
     sign: Tensor
     slope: Tensor
-    free: Tensor
 
 
 class RowCollector:
@@ -44,15 +42,13 @@ class RowCollector:
         self._parts: list[tuple[Tensor, ...]] = []
         self._numbers = 0
 
-    def add(
-        self, points: Tensor, example: Tensor, functions: Tensor, sign: Tensor, slope: Tensor, free: Tensor
-    ) -> None:
+    def add(self, points: Tensor, example: Tensor, functions: Tensor, sign: Tensor, slope: Tensor) -> None:
         """Rows of :class:`DualRows`."""
         self._numbers += points.numel() * functions.shape[1]
         if self._numbers > _LIMIT:
             self._parts = []
             return
-        self._parts.append((points, example, functions, sign, slope, free))
+        self._parts.append((points, example, functions, sign, slope))
 
     def rows(self, shard: Whole) -> DualRows | None:
         """All of them; None where they are none or too many in any process."""
@@ -71,13 +67,7 @@ class RowLayout:
         self.sign = torch.cat([rows.sign, -rows.sign])[order]
         self._sizes = torch.bincount(function, minlength=functions).tolist()
         self.points = rows.points[self.row].split(self._sizes)
-        self.count = len(rows.slope)
 
     def spread(self, values: Tensor) -> tuple[Tensor, ...]:
         """(N,) -> (L_f,) of every function, with the sign of the margin."""
         return (values[self.row] * self.sign).split(self._sizes)
-
-    def collect(self, values: list[Tensor]) -> Tensor:
-        """(L_f,) of every function -> (N,), the transpose of :meth:`spread`."""
-        out = values[0].new_zeros(self.count)
-        return out.index_add_(0, self.row, torch.cat(values) * self.sign)

@@ -135,7 +135,6 @@ def add_step(
     chunk: Chunk,
     step: Step,
     weights: Tensor,
-    free: Tensor,
     collector: RowCollector | None,
 ) -> None:
     """Add one group's worst cases, weighted (G, B), to the sums of a dual point, and where it is kept each of them."""
@@ -153,8 +152,7 @@ def add_step(
         sums.add(indices[g], signs[g], weight, worst)
         if collector is not None:
             ends = torch.stack([end[indices[g]] for end in forms.ends()], dim=1)
-            room = free[rows, group.columns[part].squeeze(1)[g]]
-            collector.add(worst, rows + chunk.rows.start, ends, signs[g], weight, room)
+            collector.add(worst, rows + chunk.rows.start, ends, signs[g], weight)
         if step.spread is not None:
             total = (weights[part].unsqueeze(1) @ step.spread[part]).squeeze(1)
             which = torch.arange(total.numel(), device=total.device) // total.shape[1]

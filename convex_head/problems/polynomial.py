@@ -317,10 +317,9 @@ class PolynomialProblem:
                 kept[chunk.rows] = slopes / self._loss.share(self.num_classes)
             if blur == 0:
                 at_scales += losses_at_scales(self._loss.near(margins, 0.0), self._hard)
-            free = self._loss.free(slopes, self.num_classes)
             for step in steps:
                 weights = step.group_pass.load(slopes) / self.n
-                add_step(sums, self._scan.forms, chunk, step, weights, free, collector)
+                add_step(sums, self._scan.forms, chunk, step, weights, collector)
         if blur > 0:
             for _, _, margins, _ in self._scan.passes(spectra, self.radius, _EXACT, window=self._loss.window(0.0)):
                 at_scales += losses_at_scales(self._loss.near(margins, 0.0), self._hard)
@@ -363,12 +362,19 @@ class PolynomialProblem:
         return oracle(point, self.reg)
 
     def repair(
-        self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, aim: float, persist: bool = False
+        self,
+        rows: DualRows,
+        packed: PackedNetwork,
+        answer: OracleAnswer,
+        primal: float,
+        tol: float,
+        persist: bool = False,
     ) -> OracleAnswer:
-        """A bound at least as good as ``answer``'s, from slopes solved for anew: ``repaired`` of problems/repair.py."""
-        settings: dict[str, Any] = {"num_classes": self.num_classes, "aim": aim, "coefficients": self.coefficients}
-        settings |= {"loss": self._loss, "reg": self.reg, "n": self.n, "shard": self.shard, "persist": persist}
-        return repaired(rows, packed, answer, **settings)
+        """``answer`` with a bound at least as good, from slopes solved for anew: ``repaired`` of problems/repair.py."""
+        settings: dict[str, Any] = {"num_classes": self.num_classes, "coefficients": self.coefficients}
+        settings |= {"loss": self._loss, "reg": self.reg, "n": self.n, "shard": self.shard}
+        settings["number"] = self.shard.first + self._rows.order
+        return repaired(rows, packed, answer, primal=primal, tol=tol, persist=persist, **settings)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

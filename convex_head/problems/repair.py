@@ -1,28 +1,20 @@
-"""Repair of a dual point: slopes changed a little, so that the network's own neurons meet the dual constraint.
+"""Repair of a dual point: the best slopes on worst-case points that are known already.
 
 Near the optimum of the smoothed problem every slope is (1 - w) / mu, so that small errors of a network become large
 ones of the moments A_c, and the bound, which is scaled down by the worst neuron on the sphere, is far worse than the
 network. Worst-case points may stay as they are: the bound holds for any slopes in S and any points in the balls
-(problems/polynomial.py). So the slopes are solved for anew. Stationarity of a neuron u of function c and sign sigma is
+(problems/polynomial.py). So slopes are solved for anew (problems/interior_point.py), no worst case is.
 
-    r_u(s) = 2 reg u - sigma sum_i s_i sign_i [(2a u'x_i + b) x_i + (b u'x_i + 2c) u] = 0,
-
-over the points x_i of margins f_p - f_q that contain f_c; half of u'r_u is reg minus the value of u in the dual
-constraint. It is linear in s, and
-
-    minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes on a face of S
-
-is solved by conjugate gradients in products with the points alone: no worst case is solved. On that face slopes that
-the smoothed problem leaves no room stay, and those at a limit of their own that would pass it; slopes of an example
-that sum up to their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on
-their sum. The slopes are then put back into S and the exact oracle bounds what they prove. The neurons u are those of
-the network and the oracle's best; a further round takes the worst neurons that the round before has left. Margins of
-one function alone are not repaired: their bounds are good as they are, and a repair costs more than it saves.
+Some hundreds of slopes are free, those of whole examples picked at random among the ones that S leaves room, and the
+others keep their proportions: there are far fewer neurons to satisfy than that. The neurons are first those of the
+network and the leading eigenvectors of A_c. The exact oracle bounds what the slopes prove; the worst neurons that it
+finds are added, and the next round goes on from there. Margins of one function alone are not repaired: their bounds
+are good as they are.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -30,58 +22,22 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.dual import DualPoint, OracleAnswer, oracle
 from convex_head.problems.dual_rows import DualRows, RowLayout
+from convex_head.problems.interior_point import FreeRows, SlopeProgram
 from convex_head.problems.losses import MarginLoss
 from convex_head.problems.moments import moment_of
 from convex_head.shards import Whole
 
-_ROUNDS = 8
-# The last round is one after which gains that go on falling as they did, this many times over, do not reach the aim;
-# after the first, as if they fell by this factor.
-_HOPE, _FALL = 2.0, 0.5
-_STEPS = 25
-_TOL = 1e-3
-_PULL = 1e-2
+_ROUNDS = 5
+# Free slopes, of all processes; examples are shuffled by products with an odd number.
+_FREE, _ODD = 500, 2654435761
+# Leading eigenvectors of each function and sign.
+_LEADING = 64
+# Of a bound for some neurons a share of tol is lost to the others.
+_BEYOND = 0.2
 # Slopes of an example that reach their limit up to this share do.
-_FULL = 1e-4
-# Neurons of less weight than this share of the largest are no constraint; those of the oracle count from here on.
-_SMALL = 1e-2
-_NEAR = 0.98
-
-
-class _Stationarity:
-    """The linear map s -> sum of slopes in r_u and its transpose, for neurons (F, M, d) and their signs (F, M)."""
-
-    def __init__(
-        self,
-        layout: RowLayout,
-        neurons: Tensor,
-        signs: Tensor,
-        coefficients: tuple[float, float, float],
-        shard: Whole,
-    ):
-        a, b, c = coefficients
-        self._layout, self._neurons, self._shard = layout, neurons, shard
-        self._along_point, self._along_self = [], []
-        for points, own, sign in zip(layout.points, neurons, signs, strict=True):
-            projection = points @ own.T
-            self._along_point.append(sign * (2 * a * projection + b))
-            self._along_self.append(sign * (b * projection + 2 * c))
-
-    def apply(self, slopes: Tensor) -> Tensor:
-        """(N,) -> (F, M, d), summed over the processes."""
-        out = torch.empty_like(self._neurons)
-        for f, weight in enumerate(self._layout.spread(slopes)):
-            weight = weight.unsqueeze(-1)
-            out[f] = (self._along_point[f] * weight).T @ self._layout.points[f]
-            out[f] += (self._along_self[f] * weight).sum(0).unsqueeze(-1) * self._neurons[f]
-        self._shard.sum(out)
-        return out
-
-    def transpose(self, y: Tensor) -> Tensor:
-        """(F, M, d) -> (N,)."""
-        own = (self._neurons * y).sum(-1)
-        parts = zip(self._along_point, self._along_self, self._layout.points, y, own, strict=True)
-        return self._layout.collect([(p * (points @ v.T)).sum(1) + q @ o for p, q, points, v, o in parts])
+_FULL = 1e-3
+# Neurons of less norm than this share of the largest do not count; those of the oracle do from this share of reg on.
+_SMALL, _NEAR = 1e-3, 0.98
 
 
 def repaired(
@@ -94,11 +50,13 @@ def repaired(
     coefficients: tuple[float, float, float],
     reg: float,
     n: int,
-    aim: float,
+    number: Tensor,
+    primal: float,
+    tol: float,
+    persist: bool,
     shard: Whole,
-    persist: bool = False,
 ) -> OracleAnswer:
-    """The best bound that repaired slopes prove, ``answer`` if they prove nothing more.
+    """``answer`` with the best bound that repaired slopes prove, its own if they prove nothing more.
 
     Args:
         rows: margins with a slope, and their worst-case points.
@@ -106,126 +64,98 @@ def repaired(
         answer: the oracle's at the slopes of ``rows``.
         loss, num_classes, coefficients, reg, shard: of the problem.
         n: examples of all processes.
-        aim: a bound that is good enough.
-        persist: a second round follows whatever the first has gained.
+        number: (n here,) of each example held here among those of all processes.
+        primal: the lowest objective known; no bound is higher.
+        tol: a bound within this share of it is good enough.
+        persist: go on where that is out of reach.
     """
-    dtype = rows.points.dtype
-    layout = RowLayout(rows, len(packed.signs))
-    cap = loss.share(num_classes) / n
-    norm = packed.nu
-    weight = (norm.square() > _SMALL * norm.square().amax()).to(dtype) * packed.signs.to(dtype)
-    unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
-    neurons, signs, slope, best = unit.to(dtype), weight, rows.slope, answer
-    found, gain = answer, math.inf
+    cap, aim = loss.share(num_classes) / n, (1 - tol) * primal
+    functions, d = len(packed.signs), packed.vectors.shape[-1]
+    free, is_free = _gathered(rows, _order(rows, number, cap), loss.joint, shard)
+    if len(free.slope) == 0:
+        return answer
+    rest = _dual_point(rows, ~is_free, functions, coefficients, shard)
+    kept = _neurons(packed)
+    is_narrow = kept.shape[-1] + _LEADING < d
+    if is_narrow:
+        whole = _dual_point(rows, torch.ones_like(is_free), functions, coefficients, shard)
+        kept = torch.cat([kept, _leading(whole.moments[:, :d, :d])], dim=-1)
+    x = torch.cat([free.slope, free.slope.new_ones(1)])
+    best = answer
     for _ in range(_ROUNDS):
-        more, more_signs = _near(found, reg, dtype)
-        neurons, signs = _compact(torch.cat([neurons, more], dim=1), torch.cat([signs, more_signs], dim=1))
-        system = _Stationarity(layout, neurons, signs, coefficients, shard)
-        residual = 2 * reg * signs.abs().unsqueeze(-1) * neurons - system.apply(slope)
-        downhill = system.transpose(residual)
-        face = _Face(rows, slope, downhill, cap, loss.joint)
-        slope = face.into_set(slope + _least_squares(system, downhill, face, shard))
-        found = oracle(_dual_point(layout, slope, coefficients, shard), reg)
-        before, gain, best = gain, found.dual - best.dual, max(best, found, key=lambda answer: answer.dual)
-        if math.isinf(before) and not persist:
-            before = gain / _FALL
-        if best.dual >= aim or _HOPE * _further(gain, before) < aim - best.dual:
+        is_narrow = is_narrow and kept.shape[-1] < d
+        basis = torch.linalg.qr(kept).Q if is_narrow else torch.eye(d).to(kept).expand(functions, 2, d, d)
+        program = SlopeProgram(free, rest, basis, cap=cap, coefficients=coefficients, reg=reg)
+        x = program.maximise(x, aim + (_BEYOND * (primal - aim) if is_narrow else 0.0), primal, persist)
+        # Of several processes all go on from the same numbers.
+        x = x.new_tensor(shard.first_of(x.tolist()))
+        found = oracle(program.point(x), reg)
+        best = max(best, found, key=lambda answer: answer.dual)
+        if best.dual >= aim or not is_narrow:
             break
-    return best
+        near = (found.values > _NEAR * reg).to(x).unsqueeze(-1)
+        kept = torch.cat([kept, (found.directions * near).mT], dim=-1)
+        x = x * min(1.0, reg / float(found.bounds.amax()))
+    return dataclasses.replace(answer, dual=best.dual)
 
 
-def _further(gain: float, before: float) -> float:
-    """What further rounds bring if gains go on falling as the last two did: a geometric series."""
-    if max(gain, before) <= 0:
-        return 0.0
-    return gain**2 / (before - gain) if 0 < gain < before < math.inf else math.inf
+def _order(rows: DualRows, number: Tensor, cap: float) -> Tensor:
+    """(N,) whose slopes are free first: a shuffle of the examples, those ahead where S leaves a slope room to move.
 
-
-def _near(answer: OracleAnswer, reg: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The oracle's neurons (F, 2k, d) and their signs (F, 2k), 0 where they lie well inside the constraint."""
-    functions, _, _, d = answer.directions.shape
-    sign = torch.tensor([1.0, -1.0], dtype=dtype, device=answer.values.device)[:, None]
-    signs = sign * (answer.values > _NEAR * reg).to(dtype)
-    return answer.directions.reshape(functions, -1, d).to(dtype), signs.reshape(functions, -1)
-
-
-def _compact(neurons: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """Neurons (F, M, d) with a sign (F, M) first in each function, and no more columns than one function needs."""
-    order = torch.argsort((signs == 0).to(torch.int8), dim=1, stable=True)
-    order = order[:, : max(1, int((signs != 0).sum(1).max()))]
-    return neurons.gather(1, order.unsqueeze(-1).expand(-1, -1, neurons.shape[-1])), signs.gather(1, order)
-
-
-class _Face:
-    """S, divided by n as slopes are, and changes of slopes on the face of it that the module describes.
-
-    Args:
-        rows: whose slopes they are.
-        slope: (N,) slopes now.
-        downhill: (N,) where they would go.
-        cap: most that S leaves a slope, or with ``joint`` the slopes of an example together.
-        joint: the loss is a maximum over the classes.
+    It depends on the number (n,) of an example among those of all processes alone; rows of an example are equal.
     """
-
-    def __init__(self, rows: DualRows, slope: Tensor, downhill: Tensor, cap: float, joint: bool):
-        self._cap = cap
-        self._example, self._examples = rows.example, int(rows.example.max()) + 1
-        free = rows.free & ~((slope <= 0) & (downhill < 0))
-        if not joint:
-            free &= ~((slope >= cap) & (downhill > 0))
-        self.free = free.to(slope.dtype)
-        self._held: Tensor | None = None
-        if joint:
-            full = self._by_example(slope) >= (1 - _FULL) * cap
-            self._held = full / self._by_example(self.free).clamp_min(1)
-
-    def project(self, change: Tensor) -> Tensor:
-        """(N,) changes -> (N,) the nearest ones on the face."""
-        change = change * self.free
-        if self._held is None:
-            return change
-        excess = self._by_example(change) * self._held
-        return change - excess[self._example] * self.free
-
-    def into_set(self, slope: Tensor) -> Tensor:
-        """(N,) slopes put back into S."""
-        slope = slope.clamp_min(0)
-        if self._held is None:
-            return slope.clamp_max(self._cap)
-        return slope * (self._cap / self._by_example(slope).clamp_min(self._cap))[self._example]
-
-    def _by_example(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self._examples).index_add_(0, self._example, values)
+    has_room = torch.zeros(len(number), dtype=torch.bool, device=number.device)
+    has_room[rows.example[rows.slope < (1 - _FULL) * cap]] = True
+    shuffled = (number * _ODD) % (1 << 32) + (1 << 32) * (~has_room).long()
+    return shuffled[rows.example]
 
 
-def _least_squares(system: _Stationarity, downhill: Tensor, face: _Face, shard: Whole) -> Tensor:
-    """Change of the slopes on the face, by conjugate gradients on the normal equations."""
-
-    def dot(x: Tensor, y: Tensor) -> Tensor:
-        total = (x * y).double().sum().view(1)
-        shard.sum(total)
-        return total
-
-    right, free = face.project(downhill), face.free
-    pull = float(_PULL * dot(system.transpose(system.apply(free)), free) / dot(free, free).clamp_min(1))
-    change, rest = torch.zeros_like(right), right
-    direction, square = right, dot(right, right)
-    aim = _TOL**2 * square
-    for _ in range(_STEPS):
-        if not bool(square > aim):
-            break
-        image = face.project(system.transpose(system.apply(direction))) + pull * direction
-        length = (square / dot(direction, image)).to(right.dtype)
-        change, rest = change + length * direction, rest - length * image
-        new = dot(rest, rest)
-        direction, square = rest + (new / square).to(right.dtype) * direction, new
-    return change
+def _first(order: Tensor) -> Tensor:
+    """Places of the first rows, so many as may be free, without an example that they would have a part of."""
+    places = torch.argsort(order, stable=True)
+    if len(order) <= _FREE:
+        return places
+    return places[order[places] < order[places[_FREE]]][:_FREE]
 
 
-def _dual_point(layout: RowLayout, slope: Tensor, coefficients: tuple[float, float, float], shard: Whole) -> DualPoint:
-    """Mass and moments of slopes on the points of a layout."""
-    parts = zip(layout.spread(slope), layout.points, strict=True)
+def _gathered(rows: DualRows, order: Tensor, joint: bool, shard: Whole) -> tuple[FreeRows, Tensor]:
+    """The margins of all processes whose slopes are free, and which of the rows here these are (N,)."""
+    mine = _first(order)
+    columns = [order.unsqueeze(1), rows.sign.unsqueeze(1), rows.slope.unsqueeze(1), rows.functions, rows.points]
+    table = torch.cat([column[mine].double() for column in columns], dim=1)
+    tables = table.new_zeros(shard.size, _FREE, table.shape[1])
+    tables[shard.rank, : len(table)] = table
+    shard.sum(tables)
+    table = tables[tables[:, :, 1] != 0]
+    table = table[_first(table[:, 0])]
+    group = torch.unique(table[:, 0], return_inverse=True)[1] if joint else torch.arange(len(table)).to(mine)
+    free = FreeRows(table[:, 5:], table[:, 3:5].long(), table[:, 1], table[:, 2], group)
+    return free, torch.isin(order.double(), table[:, 0])
+
+
+def _dual_point(
+    rows: DualRows, which: Tensor, functions: int, coefficients: tuple[float, float, float], shard: Whole
+) -> DualPoint:
+    """Mass and moments of some margins of all processes."""
+    some = DualRows(*(getattr(rows, field.name)[which] for field in dataclasses.fields(rows)))
+    layout = RowLayout(some, functions)
+    parts = zip(layout.spread(some.slope), layout.points, strict=True)
     moments = torch.stack([moment_of(weight, x, coefficients) for weight, x in parts])
-    mass = slope.double().sum().view(1)
+    mass = some.slope.double().sum().view(1)
     shard.sum(mass, moments)
     return DualPoint(mass, moments)
+
+
+def _neurons(packed: PackedNetwork) -> Tensor:
+    """Directions of the network's neurons by function and sign, (F, 2, d, m), float64, and zeros."""
+    norm = packed.nu
+    counts = norm > _SMALL * norm.amax()
+    unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+    halves = [unit * (counts & (sign * packed.signs > 0)).to(unit).unsqueeze(-1) for sign in (1, -1)]
+    return torch.stack(halves, dim=1).mT.double()
+
+
+def _leading(quadratic: Tensor) -> Tensor:
+    """Eigenvectors of the largest eigenvalues of Q and of -Q, (F, d, d) -> (F, 2, d, k)."""
+    vectors = torch.linalg.eigh(0.5 * (quadratic + quadratic.mT)).eigenvectors
+    return torch.stack([vectors[..., -_LEADING:], vectors[..., :_LEADING]], dim=1)

@@ -70,9 +70,9 @@ _SMOOTHING_AIM = 0.5
 _SETTLING = 0.5
 # A path goes on with a width so many times that of the head before.
 _REOPEN = 1.5
-# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol and the worst
-# neuron is not further from the bound than this many times reg; where the time is out, in any case.
-_REPAIR_SHARE, _REPAIR_WORST = 3.0, 4.0
+# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol and no neuron is
+# worth more than this many times reg; where the time is out, in any case.
+_REPAIR_SHARE, _REPAIR_WORST = 1.0, 1.25
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -258,8 +258,8 @@ class ColumnGeneration(Solver):
         is_close = is_close and float(answer.bounds.amax()) <= _REPAIR_WORST * problem.reg
         is_late = run.out_of_time()
         if report.rows is not None and (is_close or is_late):
-            aim = (1 - run.tol) * min(run.primal, report.primal)
-            answer = problem.repair(report.rows, packed, answer, aim, persist=is_late)
+            primal = min(run.primal, report.primal)
+            answer = problem.repair(report.rows, packed, answer, primal, run.tol, persist=is_late)
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer

@@ -1,14 +1,19 @@
 """Repaired dual points: better bounds, never above the optimum that the LMI SDP finds."""
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_iris
+from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems import dual_rows, repair
 from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.shards import Whole
 from convex_head.solvers.column_generation import ColumnGeneration
 from convex_head.solvers.sdp import build
 
@@ -21,11 +26,11 @@ def clusters(n: int, d: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (x - x.mean(0)) / x.std(0), labels
 
 
-def case(loss: str, radius: float) -> tuple[PolynomialProblem, float]:
+def case(loss: str, radius: float, reg: float = 0.02) -> tuple[PolynomialProblem, float]:
     features, labels = load_iris(return_X_y=True)
     chosen = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:24].numpy()
     x = ((features - features.mean(0)) / features.std(0))[chosen]
-    settings: dict[str, Any] = {"num_classes": 3, "radius": radius, "reg": 0.02, "loss": loss}
+    settings: dict[str, Any] = {"num_classes": 3, "radius": radius, "reg": reg, "loss": loss}
     optimum = build(x, labels[chosen], **settings)[0].solve(solver="CLARABEL", canon_backend="SCIPY")
     return PolynomialProblem(torch.from_numpy(x), torch.from_numpy(labels[chosen]), **settings), optimum
 
@@ -48,6 +53,26 @@ def test_a_repaired_bound_is_better_and_still_a_bound(loss: str, radius: float) 
         assert answer.dual <= better.dual <= optimum + 1e-6
         gained = max(gained, better.dual - answer.dual)
     assert gained > 1e-3 * optimum
+
+
+@pytest.mark.parametrize("loss", ["crammer_singer", "multi_margin"])
+@pytest.mark.parametrize(("radius", "reg"), [(0.0, 0.2), (0.3, 0.02)])
+def test_no_repair_passes_the_optimum(monkeypatch: pytest.MonkeyPatch, loss: str, radius: float, reg: float) -> None:
+    """However far it is asked to go, for all neurons and for few, with all slopes free and with some."""
+    problem, optimum = case(loss, radius, reg)
+    found = []
+    for free in (500, 12):
+        for leading in (64, 1):
+            monkeypatch.setattr(repair, "_FREE", free)
+            monkeypatch.setattr(repair, "_LEADING", leading)
+            for seed in range(3):
+                packed = problem.pack(problem.random_network(1, seed))
+                report = problem.dual_point(packed, 0.5)
+                assert report.rows is not None
+                answer = problem.oracle(report.point)
+                better = problem.repair(report.rows, packed, answer, primal=10 * optimum, tol=1e-4, persist=True)
+                found.append(better.dual)
+    assert 0.3 * optimum < max(found) <= optimum * (1 + 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::convex_head.errors.ConvergenceWarning")
@@ -122,22 +147,90 @@ def test_no_slope_free_leaves_the_bound(monkeypatch: pytest.MonkeyPatch) -> None
     assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
 
 
-def test_free_slopes_do_not_depend_on_how_rows_are_spread() -> None:
-    """What two processes choose together is what one chooses; examples are whole, those with room come first."""
-    example = torch.arange(40).repeat_interleave(3)
-    slope = torch.where(example % 4 == 0, 1.0, 0.3).double()
-    slope[(example % 4 == 0) & (torch.arange(120) % 3 > 0)] = 0.0
-    rows = dual_rows.DualRows(torch.zeros(120, 2), example, torch.zeros(120, 2).long(), torch.ones(120), slope)
-    number = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    order = repair._order(rows, number, 1.0)
-    halves = [rows.example < 17, rows.example >= 17]
-    for half in halves:
-        part = dual_rows.DualRows(
-            *(getattr(rows, name)[half] for name in ("points", "example", "functions", "sign", "slope"))
-        )
-        torch.testing.assert_close(repair._order(part, number, 1.0), order[half])
-    assert len(torch.unique(order)) == 40
-    full = slope.clone()
-    full[example % 4 == 0] = 1.0
-    late = repair._order(dual_rows.DualRows(*(rows.points, example, rows.functions, rows.sign, full)), number, 1.0)
-    assert float(late[example % 4 == 0].min()) > float(late[example % 4 > 0].max())
+class _Half(Whole):
+    """One of two threads that stand for processes."""
+
+    size = 2
+
+    def __init__(self, rank: int, barrier: threading.Barrier, held: dict[int, Any]):
+        self.rank, self._barrier, self._held = rank, barrier, held
+
+    def _all(self, value: Any) -> list[Any]:
+        self._held[self.rank] = value
+        self._barrier.wait(timeout=60)
+        values = [self._held[rank] for rank in range(self.size)]
+        self._barrier.wait(timeout=60)
+        return values
+
+    def sum(self, *tensors: Tensor) -> None:
+        parts = self._all([tensor.clone() for tensor in tensors])
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(parts[0][i] + parts[1][i])
+
+    def max(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self._all(tensor.clone())).amax(0))
+
+    def first_of(self, value: Any) -> Any:
+        return self._all(value)[0]
+
+
+@pytest.mark.parametrize(("free", "cut"), [(500, 30), (20, 30), (7, 30), (7, 2)])
+@pytest.mark.parametrize("joint", [True, False])
+def test_two_processes_free_the_slopes_that_one_does(
+    monkeypatch: pytest.MonkeyPatch, free: int, cut: int, joint: bool
+) -> None:
+    """Rows of 40 examples, one to four each, in two parts; no part of an example is free."""
+    monkeypatch.setattr(repair, "_FREE", free)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.arange(40).repeat_interleave(torch.arange(40) % 4 + 1)
+    count = len(example)
+    functions = torch.stack([torch.arange(count) % 3, (torch.arange(count) + 1) % 3], dim=1)
+    slope = torch.rand(count, generator=generator, dtype=torch.float64) / 40
+    points = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+    rows = dual_rows.DualRows(points, example, functions, torch.ones(count).double(), slope)
+    number = torch.randperm(40, generator=generator)
+
+    def chosen(part: dual_rows.DualRows, number: Tensor, shard: Whole) -> tuple[Any, Any, Any]:
+        found, is_free = repair._gathered(part, repair._order(part, number, 1 / 40), joint, shard)
+        return found, is_free, repair._dual_point(part, ~is_free, 3, (0.09, 0.5, 0.47), shard)
+
+    alone = chosen(rows, number, Whole())
+    assert int(alone[1].sum()) == len(alone[0].slope) <= free and (free < 20 or len(alone[0].slope) > 10)
+    for e in range(40):
+        assert len(set(alone[1][example == e].tolist())) == 1
+    groups = torch.bincount(alone[0].group)
+    if joint:
+        sizes = torch.bincount(example)[torch.unique(example[alone[1]])]
+        assert sorted(groups.tolist()) == sorted(sizes.tolist())
+    else:
+        assert groups.tolist() == [1] * len(alone[0].slope)
+    parts = [rows.example < cut, rows.example >= cut]
+    barrier, held = threading.Barrier(2), {}  # type: ignore[var-annotated]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = []
+        for rank, (part, first) in enumerate(zip(parts, (0, cut), strict=True)):
+            some = dual_rows.DualRows(
+                points[part], example[part] - first, functions[part], rows.sign[part], slope[part]
+            )
+            own = number[:cut] if rank == 0 else number[cut:]
+            jobs.append(pool.submit(chosen, some, own, _Half(rank, barrier, held)))
+        found = [job.result() for job in jobs]
+    for rank in range(2):
+        torch.testing.assert_close(found[rank][0].points, alone[0].points)
+        torch.testing.assert_close(found[rank][0].slope, alone[0].slope)
+        assert torch.equal(found[rank][1], alone[1][parts[rank]])
+        torch.testing.assert_close(found[rank][2].moments, alone[2].moments)
+        torch.testing.assert_close(found[rank][2].mass, alone[2].mass)
+
+
+def test_slopes_without_room_and_examples_too_large_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "_FREE", 4)
+    example = torch.tensor([0, 1, 2, 2, 2, 2, 2, 3, 3])
+    slope = torch.tensor([1.0, 0.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.8], dtype=torch.float64)
+    rows = dual_rows.DualRows(torch.zeros(9, 2), example, torch.zeros(9, 2).long(), torch.ones(9), slope)
+    order = repair._order(rows, torch.arange(4), 1.0)
+    assert len(torch.unique(order)) == 4
+    assert float(order[torch.isin(example, torch.tensor([1, 3]))].max()) < float(order[:1]) < math.inf
+    assert float(order[7]) < float(order[2])
+    found = repair._gathered(rows, order, True, Whole())[0].slope.tolist()
+    assert sorted(found) == [0.2, 0.5, 0.8, 1.0] and found[-1] == 1.0

@@ -130,7 +130,7 @@ class SlopeProgram:
         Args:
             x: where to start from, in S.
             aim: a sum of slopes that is good enough.
-            limit: an upper bound of all sums.
+            limit: an upper bound of all sums that the constraint on every neuron allows.
             persist: go on where no sum reaches the aim; else the search ends as soon as this shows.
         """
         now, slow, longest = self._start(x), 0, _LONG

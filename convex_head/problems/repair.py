@@ -15,6 +15,7 @@ are good as they are.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -102,32 +103,37 @@ def repaired(
 def _order(rows: DualRows, number: Tensor, cap: float) -> Tensor:
     """(N,) whose slopes are free first: a shuffle of the examples, those ahead where S leaves a slope room to move.
 
-    It depends on the number (n,) of an example among those of all processes alone; rows of an example are equal.
+    It depends on the number (n,) of an example among those of all processes alone; rows of an example are equal. Those
+    of more margins than may be free are behind as well.
     """
     has_room = torch.zeros(len(number), dtype=torch.bool, device=number.device)
     has_room[rows.example[rows.slope < (1 - _FULL) * cap]] = True
+    has_room &= torch.bincount(rows.example, minlength=len(number)) <= _FREE
     shuffled = (number * _ODD) % (1 << 32) + (1 << 32) * (~has_room).long()
     return shuffled[rows.example]
 
 
-def _first(order: Tensor) -> Tensor:
-    """Places of the first rows, so many as may be free, without an example that they would have a part of."""
+def _first(order: Tensor) -> tuple[Tensor, float]:
+    """Places of the first rows, as many whole examples as may be free, and the order of the first example left out."""
     places = torch.argsort(order, stable=True)
     if len(order) <= _FREE:
-        return places
-    return places[order[places] < order[places[_FREE]]][:_FREE]
+        return places, math.inf
+    out = float(order[places[_FREE]])
+    return places[order[places] < out], out
 
 
 def _gathered(rows: DualRows, order: Tensor, joint: bool, shard: Whole) -> tuple[FreeRows, Tensor]:
     """The margins of all processes whose slopes are free, and which of the rows here these are (N,)."""
-    mine = _first(order)
+    mine, out = _first(order)
     columns = [order.unsqueeze(1), rows.sign.unsqueeze(1), rows.slope.unsqueeze(1), rows.functions, rows.points]
     table = torch.cat([column[mine].double() for column in columns], dim=1)
     tables = table.new_zeros(shard.size, _FREE, table.shape[1])
     tables[shard.rank, : len(table)] = table
+    least = table.new_tensor([-out])
     shard.sum(tables)
-    table = tables[tables[:, :, 1] != 0]
-    table = table[_first(table[:, 0])]
+    shard.max(least)
+    table = tables[(tables[:, :, 1] != 0) & (tables[:, :, 0] < -least)]
+    table = table[_first(table[:, 0])[0]]
     group = torch.unique(table[:, 0], return_inverse=True)[1] if joint else torch.arange(len(table)).to(mine)
     free = FreeRows(table[:, 5:], table[:, 3:5].long(), table[:, 1], table[:, 2], group)
     return free, torch.isin(order.double(), table[:, 0])

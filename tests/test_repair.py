@@ -147,6 +147,17 @@ def test_no_slope_free_leaves_the_bound(monkeypatch: pytest.MonkeyPatch) -> None
     assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
 
 
+def test_of_too_many_functions_only_a_last_bound_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = case("crammer_singer", 0.3)
+    packed = problem.pack(problem.random_network(3, 0))
+    report = problem.dual_point(packed, 5.0)
+    answer = problem.oracle(report.point)
+    assert report.rows is not None
+    monkeypatch.setattr(repair, "_TOO_MANY", 2)
+    assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
+    assert problem.repair(report.rows, packed, answer, report.primal, 1e-4, persist=True).dual > answer.dual
+
+
 class _Half(Whole):
     """One of two threads that stand for processes."""
 

@@ -28,11 +28,13 @@ from convex_head.problems.losses import MarginLoss
 from convex_head.problems.moments import moment_of
 from convex_head.shards import Whole
 
-_ROUNDS = 5
+# Rounds, and those of more functions than the third number, whose rounds are dear; of more than the fourth none, unless
+# it is asked to go on.
+_ROUNDS, _FEW_ROUNDS, _MANY, _TOO_MANY = 5, 2, 32, 128
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
 _FREE, _ODD = 500, 2654435761
-# Leading eigenvectors of each function and sign.
-_LEADING = 64
+# Leading eigenvectors of each function and sign, and of all together about.
+_LEADING, _ALL_LEADING = 64, 1 << 14
 # Of a bound for some neurons a share of tol is lost to the others.
 _BEYOND = 0.2
 # Slopes of an example that reach their limit up to this share do.
@@ -72,18 +74,21 @@ def repaired(
     """
     cap, aim = loss.share(num_classes) / n, (1 - tol) * primal
     functions, d = len(packed.signs), packed.vectors.shape[-1]
+    if functions > _TOO_MANY and not persist:
+        return answer
+    leading = min(_LEADING, max(1, _ALL_LEADING // (2 * functions)))
     free, is_free = _gathered(rows, _order(rows, number, cap), loss.joint, shard)
     if len(free.slope) == 0:
         return answer
     rest = _dual_point(rows, ~is_free, functions, coefficients, shard)
     kept = _neurons(packed)
-    is_narrow = kept.shape[-1] + _LEADING < d
+    is_narrow = kept.shape[-1] + leading < d
     if is_narrow:
         whole = _dual_point(rows, torch.ones_like(is_free), functions, coefficients, shard)
-        kept = torch.cat([kept, _leading(whole.moments[:, :d, :d])], dim=-1)
+        kept = torch.cat([kept, _leading(whole.moments[:, :d, :d], leading)], dim=-1)
     x = torch.cat([free.slope, free.slope.new_ones(1)])
     best = answer
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if functions <= _MANY else _FEW_ROUNDS):
         is_narrow = is_narrow and kept.shape[-1] < d
         basis = torch.linalg.qr(kept).Q if is_narrow else torch.eye(d).to(kept).expand(functions, 2, d, d)
         program = SlopeProgram(free, rest, basis, cap=cap, coefficients=coefficients, reg=reg)
@@ -161,7 +166,7 @@ def _neurons(packed: PackedNetwork) -> Tensor:
     return torch.stack(halves, dim=1).mT.double()
 
 
-def _leading(quadratic: Tensor) -> Tensor:
+def _leading(quadratic: Tensor, count: int) -> Tensor:
     """Eigenvectors of the largest eigenvalues of Q and of -Q, (F, d, d) -> (F, 2, d, k)."""
     vectors = torch.linalg.eigh(0.5 * (quadratic + quadratic.mT)).eigenvectors
-    return torch.stack([vectors[..., -_LEADING:], vectors[..., :_LEADING]], dim=1)
+    return torch.stack([vectors[..., -count:], vectors[..., :count]], dim=1)

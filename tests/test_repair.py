@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems import dual_rows, repair
+from convex_head.problems.dual import DualReport, OracleAnswer
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.shards import Whole
 from convex_head.solvers.column_generation import ColumnGeneration
@@ -137,22 +138,22 @@ def test_a_few_free_slopes_or_neurons_repair_too(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(fewer.directions, answer.directions)
 
 
-def test_no_slope_free_leaves_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def of_a_random_network() -> tuple[PolynomialProblem, PackedNetwork, DualReport, OracleAnswer]:
     problem, _ = case("crammer_singer", 0.3)
     packed = problem.pack(problem.random_network(3, 0))
     report = problem.dual_point(packed, 5.0)
-    answer = problem.oracle(report.point)
     assert report.rows is not None
+    return problem, packed, report, problem.oracle(report.point)
+
+
+def test_no_slope_free_leaves_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, packed, report, answer = of_a_random_network()
     monkeypatch.setattr(repair, "_FREE", 1)  # every example has two margins here
     assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
 
 
 def test_of_too_many_functions_only_a_last_bound_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, _ = case("crammer_singer", 0.3)
-    packed = problem.pack(problem.random_network(3, 0))
-    report = problem.dual_point(packed, 5.0)
-    answer = problem.oracle(report.point)
-    assert report.rows is not None
+    problem, packed, report, answer = of_a_random_network()
     monkeypatch.setattr(repair, "_TOO_MANY", 2)
     assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
     assert problem.repair(report.rows, packed, answer, report.primal, 1e-4, persist=True).dual > answer.dual

@@ -28,8 +28,8 @@ from convex_head.problems.losses import MarginLoss
 from convex_head.problems.moments import moment_of
 from convex_head.shards import Whole
 
-# Rounds, and those of more functions than the third number, whose rounds are dear; of more than the fourth none, unless
-# it is asked to go on.
+# Rounds; fewer where it is asked to go on, because the time is out, and of more functions than the third number, whose
+# rounds are dear; of more than the fourth none, unless it is asked to go on.
 _ROUNDS, _FEW_ROUNDS, _MANY, _TOO_MANY = 5, 2, 32, 128
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
 _FREE, _ODD = 500, 2654435761
@@ -88,7 +88,7 @@ def repaired(
         kept = torch.cat([kept, _leading(whole.moments[:, :d, :d], leading)], dim=-1)
     x = torch.cat([free.slope, free.slope.new_ones(1)])
     best = answer
-    for _ in range(_ROUNDS if functions <= _MANY else _FEW_ROUNDS):
+    for _ in range(_ROUNDS if functions <= _MANY and not persist else _FEW_ROUNDS):
         is_narrow = is_narrow and kept.shape[-1] < d
         basis = torch.linalg.qr(kept).Q if is_narrow else torch.eye(d).to(kept).expand(functions, 2, d, d)
         program = SlopeProgram(free, rest, basis, cap=cap, coefficients=coefficients, reg=reg)

@@ -71,7 +71,7 @@ def test_no_repair_passes_the_optimum(monkeypatch: pytest.MonkeyPatch, loss: str
                 report = problem.dual_point(packed, 0.5)
                 assert report.rows is not None
                 answer = problem.oracle(report.point)
-                better = problem.repair(report.rows, packed, answer, primal=10 * optimum, tol=1e-4, persist=True)
+                better = problem.repair(report.rows, packed, answer, primal=10 * optimum, tol=1e-4, late=True)
                 found.append(better.dual)
     assert 0.3 * optimum < max(found) <= optimum * (1 + 1e-5)
 
@@ -156,7 +156,7 @@ def test_of_too_many_functions_only_a_last_bound_is_repaired(monkeypatch: pytest
     problem, packed, report, answer = of_a_random_network()
     monkeypatch.setattr(repair, "_TOO_MANY", 2)
     assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
-    assert problem.repair(report.rows, packed, answer, report.primal, 1e-4, persist=True).dual > answer.dual
+    assert problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=True).dual > answer.dual
 
 
 class _Half(Whole):

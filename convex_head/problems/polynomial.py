@@ -362,19 +362,12 @@ class PolynomialProblem:
         return oracle(point, self.reg)
 
     def repair(
-        self,
-        rows: DualRows,
-        packed: PackedNetwork,
-        answer: OracleAnswer,
-        primal: float,
-        tol: float,
-        persist: bool = False,
+        self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, primal: float, tol: float, late: bool = False
     ) -> OracleAnswer:
         """``answer`` with a bound at least as good, from slopes solved for anew: ``repaired`` of problems/repair.py."""
-        settings: dict[str, Any] = {"num_classes": self.num_classes, "coefficients": self.coefficients}
-        settings |= {"loss": self._loss, "reg": self.reg, "n": self.n, "shard": self.shard}
-        settings["number"] = self.shard.first + self._rows.order
-        return repaired(rows, packed, answer, primal=primal, tol=tol, persist=persist, **settings)
+        settings: dict[str, Any] = {"loss": self._loss, "num_classes": self.num_classes, "reg": self.reg, "n": self.n}
+        settings |= {"coefficients": self.coefficients, "shard": self.shard, "primal": primal, "tol": tol}
+        return repaired(rows, packed, answer, number=self.shard.first + self._rows.order, persist=late, **settings)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

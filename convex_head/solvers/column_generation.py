@@ -259,7 +259,7 @@ class ColumnGeneration(Solver):
         is_late = run.out_of_time()
         if report.rows is not None and (is_close or is_late):
             primal = min(run.primal, report.primal)
-            answer = problem.repair(report.rows, packed, answer, primal, run.tol, persist=is_late)
+            answer = problem.repair(report.rows, packed, answer, primal, run.tol, late=is_late)
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer

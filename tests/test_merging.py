@@ -122,7 +122,7 @@ def test_a_search_stops_for_a_narrower_network_and_goes_on(monkeypatch: pytest.M
 
     monkeypatch.setattr(ColumnGeneration, "_search", watched)
     limit = 60
-    result = ColumnGeneration(neurons=12, inner_evaluations=limit).solve(problem, tol=1e-2)
+    result = ColumnGeneration(neurons=12, inner_evaluations=limit).solve(problem, tol=6e-3)
     stopped = [i for i, (narrower, *_) in enumerate(searches) if narrower]
     assert result.converged and stopped
     for i in stopped:
@@ -135,10 +135,10 @@ def test_a_search_stops_for_a_narrower_network_and_goes_on(monkeypatch: pytest.M
 
 def test_a_fit_ends_without_repeated_neurons() -> None:
     problem = clusters()
-    wide = ColumnGeneration(neurons=12).solve(problem, tol=1e-2)
-    narrow = ColumnGeneration(neurons=2).solve(problem, tol=1e-2)
-    assert wide.gap <= 1e-2 and narrow.gap <= 1e-2
-    assert wide.primal == pytest.approx(narrow.primal, rel=2e-2)
+    wide = ColumnGeneration(neurons=12).solve(problem, tol=6e-3)
+    narrow = ColumnGeneration(neurons=2).solve(problem, tol=6e-3)
+    assert wide.gap <= 6e-3 and narrow.gap <= 6e-3
+    assert wide.primal == pytest.approx(narrow.primal, rel=1.2e-2)
     # Started from 96 neurons and from 16.
     assert wide.neurons <= 2 * narrow.neurons
-    assert merging(problem.pack(wide.network), 1e-4).gone == 0
+    assert merging(problem.pack(wide.network), 6e-5).gone == 0

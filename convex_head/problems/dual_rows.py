@@ -5,7 +5,7 @@ A dual point (problems/dual.py) is a sum over them; where they fit in memory, pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ class DualRows:
     functions: Tensor
     sign: Tensor
     slope: Tensor
+
+    def some(self, which: Tensor) -> DualRows:
+        """Those of a mask (N,)."""
+        return DualRows(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def at(self, slope: Tensor) -> DualRows:
+        """With other slopes (N,), those of which that are positive."""
+        return replace(self, slope=slope.to(self.slope.dtype)).some(slope > 0)
 
 
 class RowCollector:
@@ -67,7 +75,13 @@ class RowLayout:
         self.sign = torch.cat([rows.sign, -rows.sign])[order]
         self._sizes = torch.bincount(function, minlength=functions).tolist()
         self.points = rows.points[self.row].split(self._sizes)
+        self._count = len(rows.slope)
 
     def spread(self, values: Tensor) -> tuple[Tensor, ...]:
         """(N,) -> (L_f,) of every function, with the sign of the margin."""
         return (values[self.row] * self.sign).split(self._sizes)
+
+    def collect(self, values: list[Tensor]) -> Tensor:
+        """(L_f,) of every function -> (N,), the transpose of :meth:`spread`."""
+        out = values[0].new_zeros(self._count)
+        return out.index_add_(0, self.row, torch.cat(values) * self.sign)

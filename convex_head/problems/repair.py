@@ -3,10 +3,12 @@
 Near the optimum of the smoothed problem every slope is (1 - w) / mu, so that small errors of a network become large
 ones of the moments A_c, and the bound, which is scaled down by the worst neuron on the sphere, is far worse than the
 network. Worst-case points may stay as they are: the bound holds for any slopes in S and any points in the balls
-(problems/polynomial.py). So slopes are solved for anew (problems/interior_point.py), no worst case is.
+(problems/polynomial.py). So slopes are solved for anew, no worst case is. First all of them move a little, by least
+squares (problems/stationary_slopes.py): that is cheap and rough. Where it does not suffice, the best slopes follow by
+an interior-point method (problems/interior_point.py).
 
-Some hundreds of slopes are free, those of whole examples picked at random among the ones that S leaves room, and the
-others keep their proportions: there are far fewer neurons to satisfy than that. The neurons are first those of the
+There some hundreds of slopes are free, those of whole examples picked at random among the ones that S leaves room, and
+the others keep their proportions: there are far fewer neurons to satisfy than that. The neurons are first those of the
 network and the leading eigenvectors of A_c. The exact oracle bounds what the slopes prove; the worst neurons that it
 finds are added, and the next round goes on from there. Margins of one function alone are not repaired: their bounds
 are good as they are.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,10 +29,12 @@ from convex_head.problems.dual_rows import DualRows, RowLayout
 from convex_head.problems.interior_point import FreeRows, SlopeProgram
 from convex_head.problems.losses import MarginLoss
 from convex_head.problems.moments import moment_of
+from convex_head.problems.stationary_slopes import has_room, stationary_slopes
 from convex_head.shards import Whole
 
-# Rounds; fewer where it is asked to go on, because the time is out, and of more functions than the third number, whose
-# rounds are dear; of more than the fourth none, unless it is asked to go on.
+# Rounds of the interior-point method; few of more functions than the third number, whose rounds are dear, and fewer
+# where it is asked to go on, because the time is out. Of more than the fourth it has none, and there is no repair at
+# all unless it is asked to go on: then slopes move twice by least squares.
 _ROUNDS, _FEW_ROUNDS, _MANY, _TOO_MANY = 5, 2, 32, 128
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
 _FREE, _ODD = 500, 2654435761
@@ -37,10 +42,29 @@ _FREE, _ODD = 500, 2654435761
 _LEADING, _ALL_LEADING = 64, 1 << 14
 # Of a bound for some neurons a share of tol is lost to the others.
 _BEYOND = 0.2
-# Slopes of an example that reach their limit up to this share do.
-_FULL = 1e-3
 # Neurons of less norm than this share of the largest do not count; those of the oracle do from this share of reg on.
-_SMALL, _NEAR = 1e-3, 0.98
+_SMALL, _NEAR = 0.1, 0.98
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Of the problem: functions, whether the loss couples the margins of an example, what S leaves, and so on."""
+
+    functions: int
+    joint: bool
+    cap: float
+    coefficients: tuple[float, float, float]
+    reg: float
+    shard: Whole
+
+    def point(self, rows: DualRows) -> DualPoint:
+        """Mass and moments of some margins of all processes."""
+        layout = RowLayout(rows, self.functions)
+        parts = zip(layout.spread(rows.slope), layout.points, strict=True)
+        moments = torch.stack([moment_of(weight, x, self.coefficients) for weight, x in parts])
+        mass = rows.slope.double().sum().view(1)
+        self.shard.sum(mass, moments)
+        return DualPoint(mass, moments)
 
 
 def repaired(
@@ -72,37 +96,81 @@ def repaired(
         tol: a bound within this share of it is good enough.
         persist: go on where that is out of reach.
     """
-    cap, aim = loss.share(num_classes) / n, (1 - tol) * primal
-    functions, d = len(packed.signs), packed.vectors.shape[-1]
-    if functions > _TOO_MANY and not persist:
+    setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard)
+    are_few = setting.functions <= _TOO_MANY
+    if not (are_few or persist):
         return answer
-    leading = min(_LEADING, max(1, _ALL_LEADING // (2 * functions)))
-    free, is_free = _gathered(rows, _order(rows, number, cap), loss.joint, shard)
+    rows, best = _moved(rows, packed, answer, 1 if are_few else _FEW_ROUNDS, setting)
+    if are_few and best.dual < (1 - tol) * primal:
+        best = _solved(rows, packed, best, number, primal, tol, persist, setting)
+    return dataclasses.replace(answer, dual=best.dual)
+
+
+def _moved(
+    rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, rounds: int, setting: _Setting
+) -> tuple[DualRows, OracleAnswer]:
+    """Rows with slopes of least squares for the network's neurons and those that break the bound; the best bound."""
+    neurons, signs = _unit(packed), _counted(packed)
+    best = found = answer
+    for _ in range(rounds):
+        sign = torch.tensor([1.0, -1.0]).to(found.values)[:, None]
+        signs = torch.cat([signs, (sign * (found.values > _NEAR * setting.reg)).flatten(1)], dim=1)
+        neurons = torch.cat([neurons, found.directions.flatten(1, 2)], dim=1)
+        slope = stationary_slopes(
+            rows,
+            *_compact(neurons, signs),
+            joint=setting.joint,
+            cap=setting.cap,
+            coefficients=setting.coefficients,
+            reg=setting.reg,
+            shard=setting.shard,
+        )
+        rows = rows.at(slope)
+        found = oracle(setting.point(rows), setting.reg)
+        best = max(best, found, key=lambda answer: answer.dual)
+    return rows, best
+
+
+def _solved(
+    rows: DualRows,
+    packed: PackedNetwork,
+    best: OracleAnswer,
+    number: Tensor,
+    primal: float,
+    tol: float,
+    persist: bool,
+    setting: _Setting,
+) -> OracleAnswer:
+    """The best bound of rounds of the interior-point method, or ``best``."""
+    functions, d, aim = setting.functions, packed.vectors.shape[-1], (1 - tol) * primal
+    free, is_free = _gathered(rows, _order(rows, number, setting.cap), setting.joint, setting.shard)
     if len(free.slope) == 0:
-        return answer
-    rest = _dual_point(rows, ~is_free, functions, coefficients, shard)
-    kept = _neurons(packed)
+        return best
+    rest = setting.point(rows.some(~is_free))
+    counted = _counted(packed)
+    halves = [_unit(packed) * (counts * counted > 0).unsqueeze(-1) for counts in (1, -1)]
+    kept = torch.stack(halves, dim=1).mT.double()
+    leading = min(_LEADING, max(1, _ALL_LEADING // (2 * functions)))
     is_narrow = kept.shape[-1] + leading < d
     if is_narrow:
-        whole = _dual_point(rows, torch.ones_like(is_free), functions, coefficients, shard)
-        kept = torch.cat([kept, _leading(whole.moments[:, :d, :d], leading)], dim=-1)
+        kept = torch.cat([kept, _leading(setting.point(rows).moments[:, :d, :d], leading)], dim=-1)
     x = torch.cat([free.slope, free.slope.new_ones(1)])
-    best = answer
-    for _ in range(_ROUNDS if functions <= _MANY and not persist else _FEW_ROUNDS):
+    rounds = _ROUNDS if functions <= _MANY else _FEW_ROUNDS
+    for _ in range(min(rounds - 1, _FEW_ROUNDS) if persist else rounds):
         is_narrow = is_narrow and kept.shape[-1] < d
         basis = torch.linalg.qr(kept).Q if is_narrow else torch.eye(d).to(kept).expand(functions, 2, d, d)
-        program = SlopeProgram(free, rest, basis, cap=cap, coefficients=coefficients, reg=reg)
+        program = SlopeProgram(free, rest, basis, cap=setting.cap, coefficients=setting.coefficients, reg=setting.reg)
         x = program.maximise(x, aim + (_BEYOND * (primal - aim) if is_narrow else 0.0), primal, persist)
         # Of several processes all go on from the same numbers.
-        x = x.new_tensor(shard.first_of(x.tolist()))
-        found = oracle(program.point(x), reg)
+        x = x.new_tensor(setting.shard.first_of(x.tolist()))
+        found = oracle(program.point(x), setting.reg)
         best = max(best, found, key=lambda answer: answer.dual)
         if best.dual >= aim or not is_narrow:
             break
-        near = (found.values > _NEAR * reg).to(x).unsqueeze(-1)
+        near = (found.values > _NEAR * setting.reg).to(x).unsqueeze(-1)
         kept = torch.cat([kept, (found.directions * near).mT], dim=-1)
-        x = x * min(1.0, reg / float(found.bounds.amax()))
-    return dataclasses.replace(answer, dual=best.dual)
+        x = x * min(1.0, setting.reg / float(found.bounds.amax()))
+    return best
 
 
 def _order(rows: DualRows, number: Tensor, cap: float) -> Tensor:
@@ -111,10 +179,8 @@ def _order(rows: DualRows, number: Tensor, cap: float) -> Tensor:
     It depends on the number (n,) of an example among those of all processes alone; rows of an example are equal. Those
     of more margins than may be free are behind as well.
     """
-    has_room = torch.zeros(len(number), dtype=torch.bool, device=number.device)
-    has_room[rows.example[rows.slope < (1 - _FULL) * cap]] = True
-    has_room &= torch.bincount(rows.example, minlength=len(number)) <= _FREE
-    shuffled = (number * _ODD) % (1 << 32) + (1 << 32) * (~has_room).long()
+    ahead = has_room(rows, cap, len(number)) & (torch.bincount(rows.example, minlength=len(number)) <= _FREE)
+    shuffled = (number * _ODD) % (1 << 32) + (1 << 32) * (~ahead).long()
     return shuffled[rows.example]
 
 
@@ -144,26 +210,22 @@ def _gathered(rows: DualRows, order: Tensor, joint: bool, shard: Whole) -> tuple
     return free, torch.isin(order.double(), table[:, 0])
 
 
-def _dual_point(
-    rows: DualRows, which: Tensor, functions: int, coefficients: tuple[float, float, float], shard: Whole
-) -> DualPoint:
-    """Mass and moments of some margins of all processes."""
-    some = DualRows(*(getattr(rows, field.name)[which] for field in dataclasses.fields(rows)))
-    layout = RowLayout(some, functions)
-    parts = zip(layout.spread(some.slope), layout.points, strict=True)
-    moments = torch.stack([moment_of(weight, x, coefficients) for weight, x in parts])
-    mass = some.slope.double().sum().view(1)
-    shard.sum(mass, moments)
-    return DualPoint(mass, moments)
-
-
-def _neurons(packed: PackedNetwork) -> Tensor:
-    """Directions of the network's neurons by function and sign, (F, 2, d, m), float64, and zeros."""
+def _unit(packed: PackedNetwork) -> Tensor:
+    """Directions of the network's neurons (F, m, d), float64."""
     norm = packed.nu
-    counts = norm > _SMALL * norm.amax()
-    unit = packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
-    halves = [unit * (counts & (sign * packed.signs > 0)).to(unit).unsqueeze(-1) for sign in (1, -1)]
-    return torch.stack(halves, dim=1).mT.double()
+    return (packed.vectors / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).double()
+
+
+def _counted(packed: PackedNetwork) -> Tensor:
+    """Signs (F, m) of the network's neurons, float64, 0 where they are too small to count."""
+    return packed.signs.double() * (packed.nu > _SMALL * packed.nu.amax())
+
+
+def _compact(neurons: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Neurons (F, M, d) with a sign (F, M) first in each function, and no more columns than one function needs."""
+    order = torch.argsort((signs == 0).to(torch.int8), dim=1, stable=True)
+    order = order[:, : max(1, int((signs != 0).sum(1).max()))]
+    return neurons.gather(1, order.unsqueeze(-1).expand(-1, -1, neurons.shape[-1])), signs.gather(1, order)
 
 
 def _leading(quadratic: Tensor, count: int) -> Tensor:

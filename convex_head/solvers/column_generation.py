@@ -62,7 +62,7 @@ _SAME, _NEARLY_SAME, _NARROWER, _LOOK = 0.01, 0.1, 0.8, 25
 # Far from its minimum a search takes a new preconditioner after so many evaluations, and after so many more.
 _AFRESH = (15, 45)
 # Accuracy of the first inner minimisations: this many times tol, within these.
-_FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 3.0, 0.03, 0.1
+_FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 5.0, 0.03, 0.1
 # Smoothing may keep this share of tol open; where it keeps more, its width is set for the second share at most.
 _SMOOTHING_SHARE = 0.6
 _SMOOTHING_AIM = 0.5

@@ -162,24 +162,84 @@ def counted_oracle(monkeypatch: pytest.MonkeyPatch) -> list[OracleAnswer]:
     return asked
 
 
+def near_an_optimum() -> tuple[PolynomialProblem, PackedNetwork, DualReport, OracleAnswer]:
+    problem, _ = case("crammer_singer", 0.3)
+    packed = problem.pack(ColumnGeneration().solve(problem, tol=3e-2).network)
+    report = problem.dual_point(packed, 0.05)
+    assert report.rows is not None
+    return problem, packed, report, problem.oracle(report.point)
+
+
 def test_where_no_slope_is_free_least_squares_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, packed, report, answer = of_a_random_network()
+    problem, packed, report, answer = near_an_optimum()
     monkeypatch.setattr(repair, "_FREE", 0)
     monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
     asked = counted_oracle(monkeypatch)
     assert report.rows is not None
     better = problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4)
-    assert len(asked) == 1 and better.dual == max(answer.dual, asked[0].dual)
+    assert len(asked) == 1 and better.dual == asked[0].dual > 1.02 * answer.dual
     torch.testing.assert_close(better.directions, answer.directions)
+    # And where these suffice.
+    monkeypatch.setattr(repair, "_FREE", 500)
+    near = better.dual * (1 + 1e-6)
+    assert problem.repair(report.rows, packed, answer, primal=near, tol=1e-4).dual == better.dual
+    assert problem.repair(report.rows, packed, answer, primal=answer.dual, tol=1e-4) is answer
 
 
-def test_least_squares_that_suffice_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, packed, report, answer = of_a_random_network()
-    monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
+def test_slopes_are_moved_for_the_network_s_and_the_oracle_s_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the sign that it breaks the bound with, those of a second round with what the first has found."""
+    _, packed, report, answer = near_an_optimum()
+    given: list[tuple[Tensor, Tensor]] = []
+    move = repair.stationary_slopes
+
+    def watched(rows: Any, neurons: Tensor, signs: Tensor, **more: Any) -> Tensor:
+        given.append((neurons, signs))
+        return move(rows, neurons, signs, **more)
+
+    monkeypatch.setattr(repair, "stationary_slopes", watched)
+    asked = counted_oracle(monkeypatch)
+    setting = repair._Setting(3, True, 1 / 24, (0.09, 0.5, 0.47), 0.02, Whole())
     assert report.rows is not None
-    near = answer.dual * (1 + 1e-6)
-    better = problem.repair(report.rows, packed, answer, primal=near, tol=1e-4)
-    assert better.dual >= (1 - 1e-4) * near
+    rows, best = repair._moved(report.rows, packed, answer, 2, setting)
+    assert best.dual == max(found.dual for found in asked) > answer.dual
+    torch.testing.assert_close(setting.point(rows).mass, setting.point(report.rows).mass, rtol=0.2, atol=0)
+    expected = int((packed.nu > 0.1 * packed.nu.amax()).sum())
+    for (neurons, signs), found in zip(given, (answer, asked[0]), strict=True):
+        expected += int((found.values > 0.98 * 0.02).sum())
+        assert int((signs != 0).sum()) == expected
+        held = {(f, *row) for f in range(3) for row in signed(neurons[f], signs[f])}
+        for f in range(3):
+            for half, sign in enumerate((1.0, -1.0)):
+                near = found.values[f, half] > 0.98 * 0.02
+                theirs = found.directions[f, half][near]
+                assert {(f, *row) for row in signed(theirs, torch.full((len(theirs),), sign).double())} <= held
+            own = packed.nu[f] > 0.1 * packed.nu.amax()
+            unit = packed.vectors[f][own] / packed.nu[f][own].unsqueeze(-1)
+            assert {(f, *row) for row in signed(unit, packed.signs[f][own])} <= held
+
+
+def signed(neurons: Tensor, signs: Tensor) -> set[tuple[float, ...]]:
+    """Rounded rows (sign, neuron) of those with a sign."""
+    table = torch.cat([signs.unsqueeze(1), neurons], dim=1)[signs != 0]
+    return {tuple(row) for row in (1e6 * table).round().tolist()}
+
+
+def test_the_interior_point_method_goes_on_from_the_slopes_that_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, packed, report, answer = near_an_optimum()
+    assert report.rows is not None
+    setting = repair._Setting(3, True, 1 / 24, (0.09, 0.5, 0.47), 0.02, Whole())
+    moved, _ = repair._moved(report.rows, packed, answer, 1, setting)
+    started: list[Tensor] = []
+
+    class Watched(repair.SlopeProgram):
+        def __init__(self, rows: Any, *args: Any, **more: Any):
+            started.append(rows.slope)
+            super().__init__(rows, *args, **more)
+
+    monkeypatch.setattr(repair, "SlopeProgram", Watched)
+    problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4)
+    torch.testing.assert_close(started[0].sort().values, moved.slope.sort().values)
+    assert len(moved.slope) != len(report.rows.slope) or not torch.allclose(moved.slope, report.rows.slope)
 
 
 def test_of_too_many_functions_only_a_last_bound_is_repaired(monkeypatch: pytest.MonkeyPatch) -> None:

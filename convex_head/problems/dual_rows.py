@@ -12,8 +12,9 @@ from torch import Tensor
 
 from convex_head.shards import Whole
 
-# Numbers of all points, each once a function that it counts for.
-_LIMIT = 1 << 26
+# Numbers of all points, each once a function that it counts for; a point counts as so many numbers at least, because
+# problems/stationary_slopes.py holds one for every neuron of a function.
+_LIMIT, _LEAST = 1 << 26, 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DualRows:
         return DualRows(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def at(self, slope: Tensor) -> DualRows:
-        """With other slopes (N,), those of which that are positive."""
+        """The same with other slopes (N,), without margins whose slope is then not positive."""
         return replace(self, slope=slope.to(self.slope.dtype)).some(slope > 0)
 
 
@@ -52,7 +53,7 @@ class RowCollector:
 
     def add(self, points: Tensor, example: Tensor, functions: Tensor, sign: Tensor, slope: Tensor) -> None:
         """Rows of :class:`DualRows`."""
-        self._numbers += points.numel() * functions.shape[1]
+        self._numbers += len(points) * max(_LEAST, points.shape[1]) * functions.shape[1]
         if self._numbers > _LIMIT:
             self._parts = []
             return

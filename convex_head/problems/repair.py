@@ -32,17 +32,18 @@ from convex_head.problems.moments import moment_of
 from convex_head.problems.stationary_slopes import has_room, stationary_slopes
 from convex_head.shards import Whole
 
-# Rounds of the interior-point method; few of more functions than the third number, whose rounds are dear, and fewer
-# where it is asked to go on, because the time is out. Of more than the fourth it has none, and there is no repair at
-# all unless it is asked to go on: then slopes move twice by least squares.
-_ROUNDS, _FEW_ROUNDS, _MANY, _TOO_MANY = 5, 2, 32, 128
+# Rounds of the interior-point method; few of more functions than the third number, whose rounds are dear, and where it
+# is asked to go on, because the time is out: two, of many functions one. Of more than the fourth it has none, and there
+# is no repair at all unless it is asked to go on: then slopes move so many times by least squares.
+_ROUNDS, _FEW_ROUNDS, _MANY, _TOO_MANY, _MOVES = 5, 2, 32, 128, 2
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
 _FREE, _ODD = 500, 2654435761
 # Leading eigenvectors of each function and sign, and of all together about.
 _LEADING, _ALL_LEADING = 64, 1 << 14
 # Of a bound for some neurons a share of tol is lost to the others.
 _BEYOND = 0.2
-# Neurons of less norm than this share of the largest do not count; those of the oracle do from this share of reg on.
+# Neurons of less norm than this share of the largest do not count, those new among them; the oracle's do from this
+# share of reg on.
 _SMALL, _NEAR = 0.1, 0.98
 
 
@@ -98,21 +99,21 @@ def repaired(
     """
     setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard)
     are_few = setting.functions <= _TOO_MANY
-    if not (are_few or persist):
+    if answer.dual >= (1 - tol) * primal or not (are_few or persist):
         return answer
-    rows, best = _moved(rows, packed, answer, 1 if are_few else _FEW_ROUNDS, setting)
+    rows, best = _moved(rows, packed, answer, 1 if are_few else _MOVES, setting)
     if are_few and best.dual < (1 - tol) * primal:
         best = _solved(rows, packed, best, number, primal, tol, persist, setting)
     return dataclasses.replace(answer, dual=best.dual)
 
 
 def _moved(
-    rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, rounds: int, setting: _Setting
+    rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, moves: int, setting: _Setting
 ) -> tuple[DualRows, OracleAnswer]:
-    """Rows with slopes of least squares for the network's neurons and those that break the bound; the best bound."""
+    """Rows with slopes of least squares for the network's neurons and the oracle's from near reg on; the best bound."""
     neurons, signs = _unit(packed), _counted(packed)
     best = found = answer
-    for _ in range(rounds):
+    for _ in range(moves):
         sign = torch.tensor([1.0, -1.0]).to(found.values)[:, None]
         signs = torch.cat([signs, (sign * (found.values > _NEAR * setting.reg)).flatten(1)], dim=1)
         neurons = torch.cat([neurons, found.directions.flatten(1, 2)], dim=1)
@@ -125,9 +126,10 @@ def _moved(
             reg=setting.reg,
             shard=setting.shard,
         )
-        rows = rows.at(slope)
-        found = oracle(setting.point(rows), setting.reg)
-        best = max(best, found, key=lambda answer: answer.dual)
+        moved = rows.at(slope)
+        found = oracle(setting.point(moved), setting.reg)
+        if found.dual > best.dual:
+            rows, best = moved, found
     return rows, best
 
 

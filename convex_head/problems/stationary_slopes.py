@@ -1,7 +1,7 @@
 """Slopes of a dual point changed a little, so that given neurons are stationary in the dual constraint.
 
 At an optimum the neurons of the network are worth reg each in the dual constraint, and no neuron nearby more. So for
-a neuron u of function c and sign sigma, over the points x_i of margins f_p - f_q that contain f_c,
+a neuron u of function c and sign sigma, over the points x_i of margins that contain f_c with sign_i,
 
     r_u(s) = 2 reg u - sigma sum_i s_i sign_i [(2a u'x_i + b) x_i + (b u'x_i + 2c) u] = 0;
 
@@ -16,13 +16,16 @@ their limit go on doing so: at the optimum those of an example with a loss do, a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from convex_head.problems.dual_rows import DualRows, RowLayout
 from convex_head.shards import Whole
 
-# Conjugate gradients: so many steps, until the residual has fallen to this share; rho beside the mean curvature.
+# Conjugate gradients: so many steps, until the gradient on the face has fallen to this share; rho beside the curvature
+# along equal changes of all free slopes.
 _STEPS, _TOL, _PULL = 25, 1e-3, 1e-2
 # Slopes that reach their limit up to this share do.
 _FULL = 1e-3
@@ -74,29 +77,33 @@ class _Stationarity:
         coefficients: tuple[float, float, float],
         shard: Whole,
     ):
-        a, b, c = coefficients
-        self._layout, self._neurons, self._shard = layout, neurons, shard
-        self._along_point, self._along_self = [], []
-        for points, own, sign in zip(layout.points, neurons, signs, strict=True):
-            projection = points @ own.T
-            self._along_point.append(sign * (2 * a * projection + b))
-            self._along_self.append(sign * (b * projection + 2 * c))
+        self._coefficients = coefficients
+        self._layout, self._neurons, self._signs, self._shard = layout, neurons, signs, shard
+        self._projections = [points @ own.T for points, own in zip(layout.points, neurons, strict=True)]
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of every function points (L, d), and along the points and along the neurons what a slope adds (L, M)."""
+        a, b, c = self._coefficients
+        for points, projection, sign in zip(self._layout.points, self._projections, self._signs, strict=True):
+            yield points, sign * (2 * a * projection + b), sign * (b * projection + 2 * c)
 
     def apply(self, slopes: Tensor) -> Tensor:
         """(N,) -> (F, M, d), summed over the processes."""
         out = torch.empty_like(self._neurons)
-        for f, weight in enumerate(self._layout.spread(slopes)):
+        for f, ((points, along, own), weight) in enumerate(
+            zip(self._parts(), self._layout.spread(slopes), strict=True)
+        ):
             weight = weight.unsqueeze(-1)
-            out[f] = (self._along_point[f] * weight).T @ self._layout.points[f]
-            out[f] += (self._along_self[f] * weight).sum(0).unsqueeze(-1) * self._neurons[f]
+            out[f] = (along * weight).T @ points
+            out[f] += (own * weight).sum(0).unsqueeze(-1) * self._neurons[f]
         self._shard.sum(out)
         return out
 
     def transpose(self, y: Tensor) -> Tensor:
         """(F, M, d) -> (N,)."""
-        own = (self._neurons * y).sum(-1)
-        parts = zip(self._along_point, self._along_self, self._layout.points, y, own, strict=True)
-        return self._layout.collect([(p * (points @ v.T)).sum(1) + q @ o for p, q, points, v, o in parts])
+        turned = (self._neurons * y).sum(-1)
+        parts = zip(self._parts(), y, turned, strict=True)
+        return self._layout.collect([(along * (points @ v.T)).sum(1) + own @ o for (points, along, own), v, o in parts])
 
 
 class _Face:

@@ -340,3 +340,17 @@ def test_samples_have_examples_of_every_class() -> None:
     assert _sample_sizes(5_000, 10) == []
     assert _sample_sizes(20_000, 1000) == []
     assert _sample_sizes(1_280_000, 1000) == [32_000, 128_000, 512_000]
+
+
+@pytest.mark.filterwarnings("ignore::convex_head.errors.ConvergenceWarning")
+@pytest.mark.parametrize(("tol", "accuracy"), [(1e-4, 0.03), (1e-2, 0.05), (0.015, 0.075), (0.1, 0.1)])
+def test_first_searches_are_as_accurate_as_tol_asks_within_limits(tol: float, accuracy: float) -> None:
+    taken: list[float] = []
+
+    class Watched(ColumnGeneration):
+        def _correct(self, problem: Any, state: Any, run: Any, most: int) -> bool:
+            taken.append(state.accuracy)
+            return super()._correct(problem, state, run, most)
+
+    Watched(max_iterations=1, inner_evaluations=1).solve(breast_cancer(40, 5), tol=tol)
+    assert taken == [pytest.approx(accuracy)]

@@ -112,13 +112,13 @@ def _moved(
 ) -> tuple[DualRows, OracleAnswer]:
     """Rows with slopes of least squares for the network's neurons and the oracle's from near reg on; the best bound."""
     neurons, signs = _unit(packed), _counted(packed)
-    best = found = answer
+    best, found, moved = answer, answer, rows
     for _ in range(moves):
         sign = torch.tensor([1.0, -1.0]).to(found.values)[:, None]
         signs = torch.cat([signs, (sign * (found.values > _NEAR * setting.reg)).flatten(1)], dim=1)
         neurons = torch.cat([neurons, found.directions.flatten(1, 2)], dim=1)
         slope = stationary_slopes(
-            rows,
+            moved,
             *_compact(neurons, signs),
             joint=setting.joint,
             cap=setting.cap,
@@ -126,7 +126,7 @@ def _moved(
             reg=setting.reg,
             shard=setting.shard,
         )
-        moved = rows.at(slope)
+        moved = moved.at(slope)
         found = oracle(setting.point(moved), setting.reg)
         if found.dual > best.dual:
             rows, best = moved, found

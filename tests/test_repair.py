@@ -126,9 +126,8 @@ def test_a_few_free_slopes_or_neurons_repair_too(monkeypatch: pytest.MonkeyPatch
     above = ColumnGeneration().solve(problem, tol=2e-3, start=network).primal
     packed = problem.pack(network)
     report = problem.dual_point(packed, 0.02, problem.blur(0.02))
-    answer, asked, oracle = problem.oracle(report.point), [], repair.oracle
+    answer, asked = problem.oracle(report.point), counted_oracle(monkeypatch)
     assert report.rows is not None and len(report.rows.slope) > 40
-    monkeypatch.setattr(repair, "oracle", lambda point, reg: (asked.append(oracle(point, reg)), asked[-1])[1])
     whole = problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4)
     assert len(asked) == 2  # after least squares one round suffices for all neurons of 24 dimensions
     asked.clear()
@@ -162,8 +161,8 @@ def counted_oracle(monkeypatch: pytest.MonkeyPatch) -> list[OracleAnswer]:
     return asked
 
 
-def near_an_optimum() -> tuple[PolynomialProblem, PackedNetwork, DualReport, OracleAnswer]:
-    problem, _ = case("crammer_singer", 0.3)
+def near_an_optimum(loss: str = "crammer_singer") -> tuple[PolynomialProblem, PackedNetwork, DualReport, OracleAnswer]:
+    problem, _ = case(loss, 0.3)
     packed = problem.pack(ColumnGeneration().solve(problem, tol=3e-2).network)
     report = problem.dual_point(packed, 0.05)
     assert report.rows is not None
@@ -250,7 +249,7 @@ def test_of_too_many_functions_only_a_last_bound_is_repaired(monkeypatch: pytest
     assert report.rows is not None
     assert problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4) is answer
     assert problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=True).dual > answer.dual
-    assert len(asked) == repair._FEW_ROUNDS
+    assert len(asked) == repair._MOVES
 
 
 class _Half(Whole):
@@ -334,10 +333,8 @@ def test_two_processes_free_the_slopes_that_one_does(
 def test_two_processes_repair_as_one_does(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     """Least squares over both parts, then the slopes of some examples of both by the interior-point method."""
     monkeypatch.setattr(repair, "_FREE", 12)
-    problem, _ = case(loss, 0.3)
-    packed = problem.pack(ColumnGeneration().solve(problem, tol=3e-2).network)
-    report = problem.dual_point(packed, 0.05)
-    rows, answer = report.rows, problem.oracle(report.point)
+    _, packed, report, answer = near_an_optimum(loss)
+    rows = report.rows
     assert rows is not None
     settings: dict[str, Any] = {"loss": get_loss(loss), "num_classes": 3, "coefficients": (0.09, 0.5, 0.47)}
     settings |= {"reg": 0.02, "n": 24, "primal": report.primal, "tol": 1e-4, "persist": False}

@@ -10,7 +10,7 @@ half of u'r_u is reg minus the value of u. It is linear in s, and
     minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes on a face of S
 
 is solved by conjugate gradients in products with the points alone: no worst case is solved, all slopes move, and it
-costs what a few passes do. On that face slopes that S leaves no room stay, and those of an example that sum up to
+costs what ten or so passes do. On that face slopes that S leaves no room stay, and those of an example that sum up to
 their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on their sum.
 """
 

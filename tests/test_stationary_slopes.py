@@ -54,12 +54,16 @@ def test_the_residual_is_the_gradient_of_what_a_neuron_is_worth() -> None:
     torch.testing.assert_close(here, residual(rows, rows.slope, neurons, signs))
 
 
+@pytest.mark.parametrize("is_far", [False, True])
 @pytest.mark.parametrize("joint", [True, False])
-def test_slopes_are_the_least_squares_ones_on_their_face(monkeypatch: pytest.MonkeyPatch, joint: bool) -> None:
-    """Against the normal equations, written out in a basis of the face."""
+def test_slopes_are_the_least_squares_ones_on_their_face(
+    monkeypatch: pytest.MonkeyPatch, joint: bool, is_far: bool
+) -> None:
+    """Against the normal equations, written out in a basis of the face; of some functions residuals count double."""
     monkeypatch.setattr(module, "_STEPS", 500)
     monkeypatch.setattr(module, "_TOL", 1e-10)
     rows, (neurons, signs) = random_rows(), random_neurons()
+    signs = signs * torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64).unsqueeze(1)
     count = len(rows.slope)
     system = module._Stationarity(RowLayout(rows, 3), neurons, signs, COEFFICIENTS, Whole())
     dense = torch.stack([system.apply(unit).flatten() for unit in torch.eye(count, dtype=torch.float64)], dim=1)
@@ -69,21 +73,24 @@ def test_slopes_are_the_least_squares_ones_on_their_face(monkeypatch: pytest.Mon
     alone = torch.bincount(rows.example) == 1
     free = ~(is_full & alone)[rows.example] if joint else rows.slope < 0.999 * CAP
     assert 0 < int(free.sum()) < count
+    if is_far:
+        free = torch.ones_like(free)
     projector = torch.diag(free.double())
-    for e in range(20):
+    for e in range(20) if not is_far else ():
         here = ((rows.example == e) & free).double()
         if joint and bool(is_full[e]) and float(here.sum()) > 0:
             projector -= torch.outer(here, here) / here.sum()
-    wanted = 2 * REG * signs.abs().unsqueeze(-1) * neurons - system.apply(rows.slope)
+    wanted = dense.T @ (2 * REG * signs.abs().unsqueeze(-1) * neurons - system.apply(rows.slope)).flatten()
+    if is_far:  # half the squares of residuals of 2 reg t, less lambda times 1 + t of the slopes, is least at t = 0.1
+        wanted = wanted + 0.1 * (2 * REG * signs).square().sum() / rows.slope.sum()
     image = dense @ free.double()
     pull = module._PULL * float(image @ image) / float(free.sum())
     face = torch.linalg.eigh(projector).eigenvectors[:, -round(float(projector.trace())) :]
     square = face.T @ (dense.T @ dense) @ face + pull * torch.eye(face.shape[1], dtype=torch.float64)
-    change = face @ torch.linalg.solve(square, face.T @ (dense.T @ wanted.flatten()))
-    expected = module._Face(rows, CAP, joint).into_set(rows.slope + change)
-    found = module.stationary_slopes(
-        rows, neurons, signs, joint=joint, cap=CAP, coefficients=COEFFICIENTS, reg=REG, shard=Whole()
-    )
+    change = face @ torch.linalg.solve(square, face.T @ wanted)
+    expected = module._Face(rows, CAP, joint, is_far).into_set(rows.slope + change)
+    how = {"joint": joint, "cap": CAP, "coefficients": COEFFICIENTS, "reg": REG, "shard": Whole(), "is_far": is_far}
+    found = module.stationary_slopes(rows, neurons, signs, **how)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
     before, after = (residual(rows, slope, neurons, signs).norm() for slope in (rows.slope, rows.slope + change))
     assert float(after) < 0.9 * float(before)
@@ -96,15 +103,18 @@ def test_changes_stay_on_their_face_and_slopes_in_their_set(joint: bool) -> None
     slope = torch.tensor([0.5, 0.3, 0.2, 0.3, 0.4, 1.0, 0.1], dtype=torch.float64)
     rows = DualRows(torch.zeros(7, 2), example, torch.zeros(7, 2).long(), slope.sign(), slope)
     downhill = torch.tensor([2.0, 1.0, 0.0, 1.0, -2.0, 3.0, -5.0], dtype=torch.float64)
-    face = module._Face(rows, 1.0, joint)
+    face = module._Face(rows, 1.0, joint, is_far=False)
     change = face.project(downhill)
     expected = [1.0, 0.0, -1.0, 1.0, -2.0, 0.0, -5.0] if joint else [2.0, 1.0, 0.0, 1.0, -2.0, 0.0, -5.0]
     assert change.tolist() == expected
     torch.testing.assert_close(face.project(change), change)
-    moved = face.into_set(slope + 2 * downhill)
-    most = torch.zeros(4, dtype=torch.float64).index_add_(0, example, moved) if joint else moved
-    assert float(moved.min()) >= 0 and float(most.max()) <= 1 + 1e-12
-    torch.testing.assert_close(face.into_set(slope), slope)
+    everywhere = module._Face(rows, 1.0, joint, is_far=True)
+    torch.testing.assert_close(everywhere.project(downhill), downhill)
+    for either in (face, everywhere):
+        moved = either.into_set(slope + 2 * downhill)
+        most = torch.zeros(4, dtype=torch.float64).index_add_(0, example, moved) if joint else moved
+        assert float(moved.min()) >= 0 and float(most.max()) <= 1 + 1e-12
+        torch.testing.assert_close(either.into_set(slope), slope)
 
 
 def test_nothing_to_move_moves_nothing() -> None:

@@ -367,7 +367,7 @@ class PolynomialProblem:
         """``answer`` with a bound at least as good, from slopes solved for anew: ``repaired`` of problems/repair.py."""
         settings: dict[str, Any] = {"loss": self._loss, "num_classes": self.num_classes, "reg": self.reg, "n": self.n}
         settings |= {"coefficients": self.coefficients, "shard": self.shard, "primal": primal, "tol": tol}
-        return repaired(rows, packed, answer, number=self.shard.first + self._rows.order, persist=late, **settings)
+        return repaired(rows, packed, answer, number=self.shard.first + self._rows.order, late=late, **settings)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

@@ -3,9 +3,9 @@
 Near the optimum of the smoothed problem every slope is (1 - w) / mu, so that small errors of a network become large
 ones of the moments A_c, and the bound, which is scaled down by the worst neuron on the sphere, is far worse than the
 network. Worst-case points may stay as they are: the bound holds for any slopes in S and any points in the balls
-(problems/polynomial.py). So slopes are solved for anew, no worst case is. First all of them move a little, by least
-squares (problems/stationary_slopes.py): that is cheap and rough. Where it does not suffice, the best slopes follow by
-an interior-point method (problems/interior_point.py).
+(problems/polynomial.py). So slopes are solved for anew, no worst case is. First all of them move, by least squares
+(problems/stationary_slopes.py): that is cheap and rough. Where it does not suffice, and functions are not too many, the
+best slopes follow by an interior-point method (problems/interior_point.py).
 
 There some hundreds of slopes are free, those of whole examples picked at random among the ones that S leaves room, and
 the others keep their proportions: there are far fewer neurons to satisfy than that. The neurons are first those of the
@@ -32,10 +32,13 @@ from convex_head.problems.moments import moment_of
 from convex_head.problems.stationary_slopes import has_room, stationary_slopes
 from convex_head.shards import Whole
 
-# Rounds of the interior-point method; few of more functions than the third number, whose rounds are dear, and where it
-# is asked to go on, because the time is out: two, of many functions one. Of more than the fourth it has none, and there
-# is no repair at all unless it is asked to go on: then slopes move so many times by least squares.
-_ROUNDS, _FEW_ROUNDS, _MANY, _TOO_MANY, _MOVES = 5, 2, 32, 128, 2
+# Rounds of the interior-point method, and where it is asked to go on, because the time is out; of more functions than
+# the third number it has none, because rounds are dear and find little that least squares do not.
+_ROUNDS, _LATE_ROUNDS, _MANY = 5, 2, 32
+# How often slopes move by least squares: before the interior-point method, without it, and where the time is out.
+_MOVES, _MOVES_OF_MANY, _LATE_MOVES = 1, 2, 5
+# A bound below this share of the objective is far from the optimum.
+_FAR = 0.25
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
 _FREE, _ODD = 500, 2654435761
 # Leading eigenvectors of each function and sign, and of all together about.
@@ -81,7 +84,7 @@ def repaired(
     number: Tensor,
     primal: float,
     tol: float,
-    persist: bool,
+    late: bool,
     shard: Whole,
 ) -> OracleAnswer:
     """``answer`` with the best bound that repaired slopes prove, its own if they prove nothing more.
@@ -95,36 +98,52 @@ def repaired(
         number: (n here,) of each example held here among those of all processes.
         primal: the lowest objective known; no bound is higher.
         tol: a bound within this share of it is good enough.
-        persist: go on where that is out of reach.
+        late: the time is out; go on where that is out of reach.
     """
     setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard)
-    are_few = setting.functions <= _TOO_MANY
-    if answer.dual >= (1 - tol) * primal or not (are_few or persist):
+    are_few, aim = setting.functions <= _MANY, (1 - tol) * primal
+    if answer.dual >= aim:
         return answer
-    rows, best = _moved(rows, packed, answer, 1 if are_few else _MOVES, setting)
-    if are_few and best.dual < (1 - tol) * primal:
-        best = _solved(rows, packed, best, number, primal, tol, persist, setting)
+    moves = _LATE_MOVES if late else _MOVES if are_few else _MOVES_OF_MANY
+    rows, best = _moved(rows, packed, answer, setting, moves=moves, aim=aim, is_far=answer.dual < _FAR * primal)
+    if are_few and best.dual < aim:
+        best = _solved(rows, packed, best, number, primal, tol, late, setting)
     return dataclasses.replace(answer, dual=best.dual)
 
 
 def _moved(
-    rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, moves: int, setting: _Setting
+    rows: DualRows,
+    packed: PackedNetwork,
+    answer: OracleAnswer,
+    setting: _Setting,
+    *,
+    moves: int,
+    aim: float,
+    is_far: bool,
 ) -> tuple[DualRows, OracleAnswer]:
-    """Rows with slopes of least squares for the network's neurons and the oracle's from near reg on; the best bound."""
+    """Rows with slopes of least squares for the network's neurons and the oracle's from near reg on; the best bound.
+
+    Far from the optimum functions count in proportion to what their best neuron is worth, those above the median.
+    """
     neurons, signs = _unit(packed), _counted(packed)
     best, found, moved = answer, answer, rows
     for _ in range(moves):
+        if best.dual >= aim:
+            break
         sign = torch.tensor([1.0, -1.0]).to(found.values)[:, None]
         signs = torch.cat([signs, (sign * (found.values > _NEAR * setting.reg)).flatten(1)], dim=1)
         neurons = torch.cat([neurons, found.directions.flatten(1, 2)], dim=1)
+        peak = found.bounds.amax(1, keepdim=True)
+        weight = (peak / peak.median().clamp_min(setting.reg)).clamp_min(1.0) if is_far else 1.0
         slope = stationary_slopes(
             moved,
-            *_compact(neurons, signs),
+            *_compact(neurons, signs * weight),
             joint=setting.joint,
             cap=setting.cap,
             coefficients=setting.coefficients,
             reg=setting.reg,
             shard=setting.shard,
+            is_far=is_far,
         )
         moved = moved.at(slope)
         found = oracle(setting.point(moved), setting.reg)
@@ -140,7 +159,7 @@ def _solved(
     number: Tensor,
     primal: float,
     tol: float,
-    persist: bool,
+    late: bool,
     setting: _Setting,
 ) -> OracleAnswer:
     """The best bound of rounds of the interior-point method, or ``best``."""
@@ -157,12 +176,11 @@ def _solved(
     if is_narrow:
         kept = torch.cat([kept, _leading(setting.point(rows).moments[:, :d, :d], leading)], dim=-1)
     x = torch.cat([free.slope, free.slope.new_ones(1)])
-    rounds = _ROUNDS if functions <= _MANY else _FEW_ROUNDS
-    for _ in range(min(rounds - 1, _FEW_ROUNDS) if persist else rounds):
+    for _ in range(_LATE_ROUNDS if late else _ROUNDS):
         is_narrow = is_narrow and kept.shape[-1] < d
         basis = torch.linalg.qr(kept).Q if is_narrow else torch.eye(d).to(kept).expand(functions, 2, d, d)
         program = SlopeProgram(free, rest, basis, cap=setting.cap, coefficients=setting.coefficients, reg=setting.reg)
-        x = program.maximise(x, aim + (_BEYOND * (primal - aim) if is_narrow else 0.0), primal, persist)
+        x = program.maximise(x, aim + (_BEYOND * (primal - aim) if is_narrow else 0.0), primal, late)
         # Of several processes all go on from the same numbers.
         x = x.new_tensor(setting.shard.first_of(x.tolist()))
         found = oracle(program.point(x), setting.reg)

@@ -12,6 +12,11 @@ half of u'r_u is reg minus the value of u. It is linear in s, and
 is solved by conjugate gradients in products with the points alone: no worst case is solved, all slopes move, and it
 costs what ten or so passes do. On that face slopes that S leaves no room stay, and those of an example that sum up to
 their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on their sum.
+
+Far from an optimum that holds too much: where the slopes of a function's own examples outweigh those of its rivals, no
+change of equal sums mends it. There all slopes may grow and shrink, and a further term -lambda sum_i s_i holds their
+sum up, with a lambda at which values in proportion to the slopes would settle a tenth above reg. A common factor
+changes no bound, and slopes that cost little grow at the expense of the others.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ from convex_head.shards import Whole
 _STEPS, _TOL, _PULL = 25, 1e-3, 1e-2
 # Slopes that reach their limit up to this share do.
 _FULL = 1e-3
+# Far from an optimum values would settle at so much above reg.
+_ABOVE = 0.1
 
 
 def stationary_slopes(
@@ -41,22 +48,30 @@ def stationary_slopes(
     coefficients: tuple[float, float, float],
     reg: float,
     shard: Whole,
+    is_far: bool = False,
 ) -> Tensor:
     """(N,) slopes in S, of rows whose slopes are positive.
 
     Args:
         rows: margins with a slope, and their worst-case points.
-        neurons, signs: (F, M, d) unit vectors and (F, M) signs of each function, 0 for none.
+        neurons, signs: (F, M, d) unit vectors and (F, M) signs of each function, 0 for none; a sign of another size
+            is a weight, of r_u in the sum of squares.
         joint: the loss is a maximum over the classes.
         cap: most that S leaves a slope, or with ``joint`` the slopes of an example together.
         coefficients, reg, shard: of the problem.
+        is_far: the network is far from an optimum; sums of slopes are free, as the module describes.
     """
     dtype = rows.points.dtype
     neurons, signs = neurons.to(dtype), signs.to(dtype)
     system = _Stationarity(RowLayout(rows, len(neurons)), neurons, signs, coefficients, shard)
     residual = 2 * reg * signs.abs().unsqueeze(-1) * neurons - system.apply(rows.slope)
-    face = _Face(rows, cap, joint)
-    return face.into_set(rows.slope + _least_squares(system, system.transpose(residual), face, shard))
+    face = _Face(rows, cap, joint, is_far)
+    downhill = system.transpose(residual)
+    if is_far:
+        mass = rows.slope.double().sum().view(1)
+        shard.sum(mass)
+        downhill = downhill + float(4 * _ABOVE * reg**2 * signs.double().square().sum() / mass.clamp_min(1e-300))
+    return face.into_set(rows.slope + _least_squares(system, downhill, face, shard))
 
 
 def has_room(rows: DualRows, cap: float, examples: int) -> Tensor:
@@ -107,14 +122,17 @@ class _Stationarity:
 
 
 class _Face:
-    """S, divided by n as slopes are, and changes of slopes on the face of it that the module describes."""
+    """S, divided by n as slopes are, and changes of slopes on the face of it that the module describes, or on all."""
 
-    def __init__(self, rows: DualRows, cap: float, joint: bool):
-        self._cap, self._example = cap, rows.example
+    def __init__(self, rows: DualRows, cap: float, joint: bool, is_far: bool):
+        self._cap, self._example, self._joint = cap, rows.example, joint
         self._examples = int(rows.example.max()) + 1 if len(rows.example) else 0
+        self._held: Tensor | None = None
+        if is_far:
+            self.free = torch.ones_like(rows.slope)
+            return
         room = has_room(rows, cap, self._examples)[rows.example] if joint else rows.slope < (1 - _FULL) * cap
         self.free = room.to(rows.slope.dtype)
-        self._held: Tensor | None = None
         if joint:
             full = self._by_example(rows.slope) >= (1 - _FULL) * cap
             self._held = full / self._by_example(self.free).clamp_min(1)
@@ -130,7 +148,7 @@ class _Face:
     def into_set(self, slope: Tensor) -> Tensor:
         """(N,) slopes put back into S."""
         slope = slope.clamp_min(0)
-        if self._held is None:
+        if not self._joint:
             return slope.clamp_max(self._cap)
         return slope * (self._cap / self._by_example(slope).clamp_min(self._cap))[self._example]
 

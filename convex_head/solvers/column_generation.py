@@ -59,10 +59,13 @@ _STALL_PROGRESS = 0.02
 # Neurons that differ by this share of tol are one (solvers/merging.py), where a search goes on by the second share. It
 # stops for that if its network is so much narrower then, and looks every so many evaluations.
 _SAME, _NEARLY_SAME, _NARROWER, _LOOK = 0.01, 0.1, 0.8, 25
+# Of many functions an inner minimisation has so many evaluations, because neurons that are missing keep more open than
+# what is left of it.
+_PATIENCE = 150
 # Far from its minimum a search takes a new preconditioner after so many evaluations, and after so many more.
 _AFRESH = (15, 45)
 # Accuracy of the first inner minimisations: this many times tol, within these.
-_FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 5.0, 0.03, 0.1
+_FIRST_ACCURACY, _LEAST_FIRST, _MOST_FIRST = 5.0, 0.03, 0.2
 # Smoothing may keep this share of tol open; where it keeps more, its width is set for the second share at most.
 _SMOOTHING_SHARE = 0.6
 _SMOOTHING_AIM = 0.5
@@ -168,7 +171,9 @@ class ColumnGeneration(Solver):
             if state.mu < _NARROWEST or _stalled(run):
                 run.stalled = True
                 break
-            converged = self._correct(problem, state, run, evaluations)
+            is_many = problem.num_functions > _MANY
+            most = min(evaluations, _PATIENCE) if is_many else evaluations
+            converged = self._correct(problem, state, run, most) or is_many
             report, answer = self._measure(problem, state, run)
             if run.finished():
                 break

@@ -327,25 +327,37 @@ def test_many_classes_start_from_their_discriminants() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::convex_head.errors.ConvergenceWarning")
-@pytest.mark.parametrize("limit", [20, 1000])
-def test_of_many_functions_neurons_are_added_before_a_search_ends(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("limit", "many", "far", "evaluations", "grown"),
+    [
+        (1000, 96, 0.15, (50, 50), True),
+        (20, 96, 0.15, (20, 20), True),
+        (60, 100, 0.15, (60, 60), False),  # functions are few
+        (60, 96, 1.0, (50, 60), True),  # the optimum is near after the first search
+    ],
+)
+def test_of_many_functions_neurons_are_added_before_a_search_ends(
+    monkeypatch: pytest.MonkeyPatch, limit: int, many: int, far: float, evaluations: tuple[int, ...], grown: bool
+) -> None:
     """A search is cut off after few evaluations; where those asked for are fewer still, after them."""
-    problem = hundred_classes()[2]
-    monkeypatch.setattr(column_generation, "_PATIENCE", 50)
-    found: list[tuple[int, int]] = []
+    for name, value in (("_PATIENCE", 50), ("_MANY", many), ("_FAR", far)):
+        monkeypatch.setattr(column_generation, name, value)
+    found: list[tuple[int, int, float]] = []
 
     class Watched(ColumnGeneration):
         def _correct(self, problem: Any, state: Any, run: Any, most: int) -> bool:
-            size, before = state.network.size, run.extra["evaluations"]
+            size, before, accuracy = state.network.size, run.extra["evaluations"], state.accuracy
             state.accuracy = 1e-9
             reached = super()._correct(problem, state, run, most)
             assert not reached
-            found.append((run.extra["evaluations"] - before, size))
+            found.append((run.extra["evaluations"] - before, size, accuracy))
+            state.accuracy = 0.1
             return reached
 
-    Watched(max_iterations=3, inner_evaluations=limit).solve(problem, tol=1e-6)
-    evaluations, sizes = zip(*found, strict=True)
-    assert evaluations == (min(limit, 50),) * 3 and sizes[0] == 100 < sizes[1] < sizes[2]
+    Watched(max_iterations=2, inner_evaluations=limit).solve(hundred_classes()[2], tol=1e-6)
+    taken, sizes, accuracies = zip(*found, strict=True)
+    assert taken == evaluations and (sizes[0] < sizes[1]) is grown
+    assert accuracies[1] == 0.1  # of a search that has not ended it is not asked for more
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

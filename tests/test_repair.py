@@ -2,40 +2,19 @@
 
 import dataclasses
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_iris
+from repair_cases import case, clusters, near_an_optimum, of_a_random_network
 from torch import Tensor
 
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems import dual_rows, repair
-from convex_head.problems.dual import DualReport, OracleAnswer
-from convex_head.problems.losses import get_loss
+from convex_head.problems.dual import OracleAnswer
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.shards import Whole
 from convex_head.solvers.column_generation import ColumnGeneration
-from convex_head.solvers.sdp import build
-
-
-def clusters(n: int, d: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(n) % classes
-    centres = torch.randn(classes, d, generator=generator, dtype=torch.float64)
-    x = centres[labels] + torch.randn(n, d, generator=generator, dtype=torch.float64)
-    return (x - x.mean(0)) / x.std(0), labels
-
-
-def case(loss: str, radius: float, reg: float = 0.02) -> tuple[PolynomialProblem, float]:
-    features, labels = load_iris(return_X_y=True)
-    chosen = torch.randperm(150, generator=torch.Generator().manual_seed(0))[:24].numpy()
-    x = ((features - features.mean(0)) / features.std(0))[chosen]
-    settings: dict[str, Any] = {"num_classes": 3, "radius": radius, "reg": reg, "loss": loss}
-    optimum = build(x, labels[chosen], **settings)[0].solve(solver="CLARABEL", canon_backend="SCIPY")
-    return PolynomialProblem(torch.from_numpy(x), torch.from_numpy(labels[chosen]), **settings), optimum
 
 
 @pytest.mark.parametrize("loss", ["crammer_singer", "multi_margin"])
@@ -110,6 +89,13 @@ def test_far_from_an_optimum_sums_are_free_and_functions_count_by_their_worth(mo
     assert float(peak.median()) > problem.reg and float(peak.amax()) > 1.1 * float(peak.median())
     torch.testing.assert_close(given[0][0], (peak / peak.median()).clamp_min(1.0))
     assert set(given[-1][0].tolist()) == {1.0}
+    given.clear()
+    asked = counted_oracle(monkeypatch)
+    problem.repair(report.rows, packed, answer, primal=10 * report.primal, tol=1e-4, late=True)
+    assert len(given) == repair._LATE_MOVES and len(asked) <= repair._LATE_MOVES + repair._LATE_ROUNDS
+    for (weights, _), before in zip(given[1:], asked, strict=False):
+        peak_then = before.bounds.amax(1)
+        torch.testing.assert_close(weights, (peak_then / peak_then.median().clamp_min(problem.reg)).clamp_min(1.0))
     # Where most functions are worth next to nothing, the others count by what they are worth in units of reg.
     idle = dataclasses.replace(answer, bounds=answer.bounds * torch.tensor([[1.0], [0.0], [0.0]]))
     problem.repair(report.rows, packed, idle, primal=10 * report.primal, tol=1e-4)
@@ -164,14 +150,6 @@ def test_a_few_free_slopes_or_neurons_repair_too(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(fewer.directions, answer.directions)
 
 
-def of_a_random_network() -> tuple[PolynomialProblem, PackedNetwork, DualReport, OracleAnswer]:
-    problem, _ = case("crammer_singer", 0.3)
-    packed = problem.pack(problem.random_network(3, 0))
-    report = problem.dual_point(packed, 5.0)
-    assert report.rows is not None
-    return problem, packed, report, problem.oracle(report.point)
-
-
 class _NoProgram:
     """Where no interior-point method should be asked."""
 
@@ -184,14 +162,6 @@ def counted_oracle(monkeypatch: pytest.MonkeyPatch) -> list[OracleAnswer]:
     oracle = repair.oracle
     monkeypatch.setattr(repair, "oracle", lambda point, reg: (asked.append(oracle(point, reg)), asked[-1])[1])
     return asked
-
-
-def near_an_optimum(loss: str = "crammer_singer") -> tuple[PolynomialProblem, PackedNetwork, DualReport, OracleAnswer]:
-    problem, _ = case(loss, 0.3)
-    packed = problem.pack(ColumnGeneration().solve(problem, tol=3e-2).network)
-    report = problem.dual_point(packed, 0.05)
-    assert report.rows is not None
-    return problem, packed, report, problem.oracle(report.point)
 
 
 def test_where_no_slope_is_free_least_squares_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,15 +236,18 @@ def test_the_interior_point_method_goes_on_from_the_slopes_that_moved(monkeypatc
     assert len(moved.slope) != len(report.rows.slope) or not torch.allclose(moved.slope, report.rows.slope)
 
 
-def test_of_many_functions_slopes_are_moved_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("setting", "most"), [("_MANY", 2), ("_DEAR", 3 * 4**3 - 1)])
+def test_of_many_or_large_functions_slopes_are_moved_alone(
+    monkeypatch: pytest.MonkeyPatch, setting: str, most: int
+) -> None:
     """More often where the time is out, and no more often than is of use."""
     problem, packed, report, answer = of_a_random_network()
-    monkeypatch.setattr(repair, "_MANY", 2)
+    monkeypatch.setattr(repair, setting, most)
     monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
     asked = counted_oracle(monkeypatch)
     assert report.rows is not None
     duals = []
-    for late, moves in ((False, repair._MOVES_OF_MANY), (True, repair._LATE_MOVES)):
+    for late, moves in ((False, repair._MOVES_ALONE), (True, repair._LATE_MOVES)):
         asked.clear()
         duals.append(problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=late).dual)
         assert len(asked) == moves and duals[-1] == max(found.dual for found in asked) > answer.dual
@@ -282,106 +255,6 @@ def test_of_many_functions_slopes_are_moved_alone(monkeypatch: pytest.MonkeyPatc
     asked.clear()
     problem.repair(report.rows, packed, answer, primal=0.5 * (answer.dual + duals[0]), tol=1e-4, late=True)
     assert len(asked) < repair._LATE_MOVES
-
-
-class _Half(Whole):
-    """One of two threads that stand for processes."""
-
-    size = 2
-
-    def __init__(self, rank: int, barrier: threading.Barrier, held: dict[int, Any]):
-        self.rank, self._barrier, self._held = rank, barrier, held
-
-    def _all(self, value: Any) -> list[Any]:
-        self._held[self.rank] = value
-        self._barrier.wait(timeout=60)
-        values = [self._held[rank] for rank in range(self.size)]
-        self._barrier.wait(timeout=60)
-        return values
-
-    def sum(self, *tensors: Tensor) -> None:
-        parts = self._all([tensor.clone() for tensor in tensors])
-        for i, tensor in enumerate(tensors):
-            tensor.copy_(parts[0][i] + parts[1][i])
-
-    def max(self, tensor: Tensor) -> None:
-        tensor.copy_(torch.stack(self._all(tensor.clone())).amax(0))
-
-    def first_of(self, value: Any) -> Any:
-        return self._all(value)[0]
-
-
-@pytest.mark.parametrize(("free", "cut"), [(500, 30), (20, 30), (7, 30), (7, 2)])
-@pytest.mark.parametrize("joint", [True, False])
-def test_two_processes_free_the_slopes_that_one_does(
-    monkeypatch: pytest.MonkeyPatch, free: int, cut: int, joint: bool
-) -> None:
-    """Rows of 40 examples, one to four each, in two parts; no part of an example is free."""
-    monkeypatch.setattr(repair, "_FREE", free)
-    generator = torch.Generator().manual_seed(0)
-    example = torch.arange(40).repeat_interleave(torch.arange(40) % 4 + 1)
-    count = len(example)
-    functions = torch.stack([torch.arange(count) % 3, (torch.arange(count) + 1) % 3], dim=1)
-    slope = torch.rand(count, generator=generator, dtype=torch.float64) / 40
-    points = torch.randn(count, 5, generator=generator, dtype=torch.float64)
-    rows = dual_rows.DualRows(points, example, functions, torch.ones(count).double(), slope)
-    number = torch.randperm(40, generator=generator)
-
-    def chosen(part: dual_rows.DualRows, number: Tensor, shard: Whole) -> tuple[Any, Any, Any]:
-        found, is_free = repair._gathered(part, repair._order(part, number, 1 / 40), joint, shard)
-        setting = repair._Setting(3, joint, 1 / 40, (0.09, 0.5, 0.47), 0.02, shard)
-        return found, is_free, setting.point(part.some(~is_free))
-
-    alone = chosen(rows, number, Whole())
-    assert int(alone[1].sum()) == len(alone[0].slope) <= free and (free < 20 or len(alone[0].slope) > 10)
-    for e in range(40):
-        assert len(set(alone[1][example == e].tolist())) == 1
-    groups = torch.bincount(alone[0].group)
-    if joint:
-        sizes = torch.bincount(example)[torch.unique(example[alone[1]])]
-        assert sorted(groups.tolist()) == sorted(sizes.tolist())
-    else:
-        assert groups.tolist() == [1] * len(alone[0].slope)
-    parts = [rows.example < cut, rows.example >= cut]
-    barrier, held = threading.Barrier(2), {}  # type: ignore[var-annotated]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for rank, (part, first) in enumerate(zip(parts, (0, cut), strict=True)):
-            some = dual_rows.DualRows(
-                points[part], example[part] - first, functions[part], rows.sign[part], slope[part]
-            )
-            own = number[:cut] if rank == 0 else number[cut:]
-            jobs.append(pool.submit(chosen, some, own, _Half(rank, barrier, held)))
-        found = [job.result() for job in jobs]
-    for rank in range(2):
-        torch.testing.assert_close(found[rank][0].points, alone[0].points)
-        torch.testing.assert_close(found[rank][0].slope, alone[0].slope)
-        assert torch.equal(found[rank][1], alone[1][parts[rank]])
-        torch.testing.assert_close(found[rank][2].moments, alone[2].moments)
-        torch.testing.assert_close(found[rank][2].mass, alone[2].mass)
-
-
-@pytest.mark.parametrize("loss", ["crammer_singer", "multi_margin"])
-def test_two_processes_repair_as_one_does(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
-    """Least squares over both parts, then the slopes of some examples of both by the interior-point method."""
-    monkeypatch.setattr(repair, "_FREE", 12)
-    _, packed, report, answer = near_an_optimum(loss)
-    rows = report.rows
-    assert rows is not None
-    settings: dict[str, Any] = {"loss": get_loss(loss), "num_classes": 3, "coefficients": (0.09, 0.5, 0.47)}
-    settings |= {"reg": 0.02, "n": 24, "primal": report.primal, "tol": 1e-4, "late": False}
-    alone = repair.repaired(rows, packed, answer, number=torch.arange(24), shard=Whole(), **settings)
-    assert alone.dual > answer.dual
-    barrier, held = threading.Barrier(2), {}  # type: ignore[var-annotated]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-        for rank, (first, last) in enumerate(((0, 10), (10, 24))):
-            part = rows.some((rows.example >= first) & (rows.example < last))
-            part = dataclasses.replace(part, example=part.example - first)
-            more = {"number": torch.arange(first, last), "shard": _Half(rank, barrier, held)}
-            jobs.append(pool.submit(repair.repaired, part, packed, answer, **more, **settings))
-        for job in jobs:
-            assert job.result().dual == pytest.approx(alone.dual, rel=1e-9)
 
 
 def test_slopes_without_room_and_examples_too_large_come_last(monkeypatch: pytest.MonkeyPatch) -> None:

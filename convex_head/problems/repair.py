@@ -3,9 +3,9 @@
 Near the optimum of the smoothed problem every slope is (1 - w) / mu, so that small errors of a network become large
 ones of the moments A_c, and the bound, which is scaled down by the worst neuron on the sphere, is far worse than the
 network. Worst-case points may stay as they are: the bound holds for any slopes in S and any points in the balls
-(problems/polynomial.py). So slopes are solved for anew, no worst case is. First all of them move, by least squares
-(problems/stationary_slopes.py): that is cheap and rough. Where it does not suffice, and functions are not too many, the
-best slopes follow by an interior-point method (problems/interior_point.py).
+(problems/polynomial.py). So slopes are solved for anew, no worst case is. First they move by least squares, all at once
+(problems/stationary_slopes.py): that is cheap and rough. Where it does not suffice, and functions are neither many nor
+large, the best slopes follow by an interior-point method (problems/interior_point.py).
 
 There some hundreds of slopes are free, those of whole examples picked at random among the ones that S leaves room, and
 the others keep their proportions: there are far fewer neurons to satisfy than that. The neurons are first those of the
@@ -32,12 +32,13 @@ from convex_head.problems.moments import moment_of
 from convex_head.problems.stationary_slopes import has_room, stationary_slopes
 from convex_head.shards import Whole
 
-# Rounds of the interior-point method, and where it is asked to go on, because the time is out; of more functions than
-# the third number it has none, because rounds are dear and find little that least squares do not.
-_ROUNDS, _LATE_ROUNDS, _MANY = 5, 2, 32
+# Rounds of the interior-point method, and where it is asked to go on, because the time is out. It is not used for more
+# functions than this, nor where an eigendecomposition of every function takes more than so many operations: there its
+# rounds are dear, and find little that least squares do not.
+_ROUNDS, _LATE_ROUNDS, _MANY, _DEAR = 5, 2, 128, 32 * 512**3
 # How often slopes move by least squares: before the interior-point method, without it, and where the time is out.
-_MOVES, _MOVES_OF_MANY, _LATE_MOVES = 1, 2, 5
-# A bound below this share of the objective is far from the optimum.
+_MOVES, _MOVES_ALONE, _LATE_MOVES = 1, 2, 5
+# A bound below this share of the objective, before any move, is far from the optimum.
 _FAR = 0.25
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
 _FREE, _ODD = 500, 2654435761
@@ -101,12 +102,13 @@ def repaired(
         late: the time is out; go on where that is out of reach.
     """
     setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard)
-    are_few, aim = setting.functions <= _MANY, (1 - tol) * primal
+    is_cheap = setting.functions <= min(_MANY, _DEAR // packed.vectors.shape[-1] ** 3)
+    aim = (1 - tol) * primal
     if answer.dual >= aim:
         return answer
-    moves = _LATE_MOVES if late else _MOVES if are_few else _MOVES_OF_MANY
+    moves = _LATE_MOVES if late else _MOVES if is_cheap else _MOVES_ALONE
     rows, best = _moved(rows, packed, answer, setting, moves=moves, aim=aim, is_far=answer.dual < _FAR * primal)
-    if are_few and best.dual < aim:
+    if is_cheap and best.dual < aim:
         best = _solved(rows, packed, best, number, primal, tol, late, setting)
     return dataclasses.replace(answer, dual=best.dual)
 

@@ -1,4 +1,4 @@
-"""Slopes of a dual point changed a little, so that given neurons are stationary in the dual constraint.
+"""Slopes of a dual point changed so that given neurons are stationary in the dual constraint.
 
 At an optimum the neurons of the network are worth reg each in the dual constraint, and no neuron nearby more. So for
 a neuron u of function c and sign sigma, over the points x_i of margins that contain f_c with sign_i,
@@ -9,14 +9,15 @@ half of u'r_u is reg minus the value of u. It is linear in s, and
 
     minimise  1/2 sum_u |r_u(s)|^2 + rho/2 |s - s_0|^2   over the slopes on a face of S
 
-is solved by conjugate gradients in products with the points alone: no worst case is solved, all slopes move, and it
-costs what ten or so passes do. On that face slopes that S leaves no room stay, and those of an example that sum up to
-their limit go on doing so: at the optimum those of an example with a loss do, and the bound lives on their sum.
+is solved by conjugate gradients in products with the points alone: no worst case is solved, and it costs what ten or so
+passes do. On that face slopes that S leaves no room stay, and where S bounds the sum of an example's slopes, sums at
+their limit stay there: at the optimum those of an example with a loss do, and the bound lives on them.
 
-Far from an optimum that holds too much: where the slopes of a function's own examples outweigh those of its rivals, no
-change of equal sums mends it. There all slopes may grow and shrink, and a further term -lambda sum_i s_i holds their
-sum up, with a lambda at which values in proportion to the slopes would settle a tenth above reg. A common factor
-changes no bound, and slopes that cost little grow at the expense of the others.
+Far from an optimum that holds too much: where the slopes of a function's own examples outweigh those of its rivals,
+changes of equal sums mend little. There all slopes may grow and shrink, and a further term -lambda sum_i s_i holds
+their sum up: from slopes at which all neurons are worth reg it alone would take them a tenth above. A bound above reg
+scales all slopes down, so that a common factor changes nothing, but slopes that cost little grow at the expense of the
+others.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from convex_head.shards import Whole
 _STEPS, _TOL, _PULL = 25, 1e-3, 1e-2
 # Slopes that reach their limit up to this share do.
 _FULL = 1e-3
-# Far from an optimum values would settle at so much above reg.
+# Far from an optimum neurons worth reg would be worth so much more.
 _ABOVE = 0.1
 
 

@@ -59,8 +59,8 @@ _STALL_PROGRESS = 0.02
 # Neurons that differ by this share of tol are one (solvers/merging.py), where a search goes on by the second share. It
 # stops for that if its network is so much narrower then, and looks every so many evaluations.
 _SAME, _NEARLY_SAME, _NARROWER, _LOOK = 0.01, 0.1, 0.8, 25
-# Of many functions an inner minimisation has so many evaluations, because neurons that are missing keep more open than
-# what is left of it.
+# Of many functions an inner minimisation has so many evaluations while the gap is above the larger one above:
+# neurons that are missing keep more open then than what is left of it.
 _PATIENCE = 150
 # Far from its minimum a search takes a new preconditioner after so many evaluations, and after so many more.
 _AFRESH = (15, 45)
@@ -115,7 +115,8 @@ class ColumnGeneration(Solver):
         neurons: neurons of each sign and function to start from, and to add in a round at most; None for 8, and fewer
             from 6 functions on, because a pair of classes costs the cube of its neurons in every pass.
         max_iterations: bound on outer iterations.
-        inner_evaluations: bound on evaluations of one inner minimisation.
+        inner_evaluations: bound on evaluations of one inner minimisation; of more than 96 functions, far from the
+            optimum, 150 at most.
     """
 
     name = "column_generation"
@@ -171,9 +172,9 @@ class ColumnGeneration(Solver):
             if state.mu < _NARROWEST or _stalled(run):
                 run.stalled = True
                 break
-            is_many = problem.num_functions > _MANY
-            most = min(evaluations, _PATIENCE) if is_many else evaluations
-            converged = self._correct(problem, state, run, most) or is_many
+            is_rough = problem.num_functions > _MANY and run.gap > _FAR
+            most = min(evaluations, _PATIENCE) if is_rough else evaluations
+            converged = self._correct(problem, state, run, most)
             report, answer = self._measure(problem, state, run)
             if run.finished():
                 break
@@ -184,7 +185,7 @@ class ColumnGeneration(Solver):
             elif converged:
                 violation = float(answer.bounds.amax()) / problem.reg - 1
                 state.accuracy = min(state.accuracy, max(_TIGHTEN * state.accuracy, _INNER_SHARE * violation))
-            if converged:
+            if converged or is_rough:
                 state.centre = report.slopes
                 reg = problem.reg * (1 + 0.5 * state.accuracy)
                 state.network = self._add(state.network, answer, reg, self._width(problem))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -236,13 +237,28 @@ def test_the_interior_point_method_goes_on_from_the_slopes_that_moved(monkeypatc
     assert len(moved.slope) != len(report.rows.slope) or not torch.allclose(moved.slope, report.rows.slope)
 
 
-@pytest.mark.parametrize(("setting", "most"), [("_MANY", 2), ("_DEAR", 3 * 4**3 - 1)])
-def test_of_many_or_large_functions_slopes_are_moved_alone(
-    monkeypatch: pytest.MonkeyPatch, setting: str, most: int
+@pytest.mark.parametrize(
+    ("few", "many", "dear", "is_asked"),
+    [(3, 128, 1, True), (2, 3, 3 * 4**3, True), (2, 3, 3 * 4**3 - 1, False), (2, 2, 3 * 4**3, False)],
+)
+def test_the_interior_point_method_is_for_few_functions_or_small_ones(
+    monkeypatch: pytest.MonkeyPatch, few: int, many: int, dear: int, is_asked: bool
 ) -> None:
-    """More often where the time is out, and no more often than is of use."""
+    """Three functions of four features; where the time is out, too."""
     problem, packed, report, answer = of_a_random_network()
-    monkeypatch.setattr(repair, setting, most)
+    for name, value in (("_FEW", few), ("_MANY", many), ("_DEAR", dear), ("SlopeProgram", _NoProgram)):
+        monkeypatch.setattr(repair, name, value)
+    assert report.rows is not None
+    for late in (False, True):
+        with pytest.raises(AssertionError, match="was asked") if is_asked else nullcontext():
+            problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=late)
+
+
+def test_slopes_move_as_often_as_is_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the interior-point method: more often where the time is out, and not beyond the aim."""
+    problem, packed, report, answer = of_a_random_network()
+    monkeypatch.setattr(repair, "_FEW", 2)
+    monkeypatch.setattr(repair, "_MANY", 2)
     monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
     asked = counted_oracle(monkeypatch)
     assert report.rows is not None

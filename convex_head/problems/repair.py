@@ -32,10 +32,10 @@ from convex_head.problems.moments import moment_of
 from convex_head.problems.stationary_slopes import has_room, stationary_slopes
 from convex_head.shards import Whole
 
-# Rounds of the interior-point method, and where it is asked to go on, because the time is out. It is not used for more
-# functions than this, nor where an eigendecomposition of every function takes more than so many operations: there its
-# rounds are dear, and find little that least squares do not.
-_ROUNDS, _LATE_ROUNDS, _MANY, _DEAR = 5, 2, 128, 32 * 512**3
+# Rounds of the interior-point method, and where it is asked to go on, because the time is out. It is used for the first
+# number of functions, and up to the second where an eigendecomposition of all takes no more than so many operations:
+# beyond, its rounds are dear and find little that least squares do not.
+_ROUNDS, _LATE_ROUNDS, _FEW, _MANY, _DEAR = 5, 2, 32, 128, 32 * 512**3
 # How often slopes move by least squares: before the interior-point method, without it, and where the time is out.
 _MOVES, _MOVES_ALONE, _LATE_MOVES = 1, 2, 5
 # A bound below this share of the objective, before any move, is far from the optimum.
@@ -102,7 +102,8 @@ def repaired(
         late: the time is out; go on where that is out of reach.
     """
     setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard)
-    is_cheap = setting.functions <= min(_MANY, _DEAR // packed.vectors.shape[-1] ** 3)
+    size = setting.functions * packed.vectors.shape[-1] ** 3
+    is_cheap = setting.functions <= (_MANY if size <= _DEAR else _FEW)
     aim = (1 - tol) * primal
     if answer.dual >= aim:
         return answer

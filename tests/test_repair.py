@@ -92,6 +92,7 @@ def test_far_from_an_optimum_sums_are_free_and_functions_count_by_their_worth(mo
     assert set(given[-1][0].tolist()) == {1.0}
     given.clear()
     asked = counted_oracle(monkeypatch)
+    monkeypatch.setattr(repair, "_WORTH", -1.0)
     problem.repair(report.rows, packed, answer, primal=10 * report.primal, tol=1e-4, late=True)
     assert len(given) == repair._LATE_MOVES and len(asked) <= repair._LATE_MOVES + repair._LATE_ROUNDS
     for (weights, _), before in zip(given[1:], asked, strict=False):
@@ -195,6 +196,7 @@ def test_slopes_are_moved_for_the_network_s_and_the_oracle_s_neurons(monkeypatch
     asked = counted_oracle(monkeypatch)
     setting = repair._Setting(3, True, 1 / 24, (0.09, 0.5, 0.47), 0.02, Whole())
     assert report.rows is not None
+    monkeypatch.setattr(repair, "_WORTH", -1.0)
     rows, best = repair._moved(report.rows, packed, answer, setting, moves=2, aim=math.inf, is_far=False)
     assert best.dual == max(found.dual for found in asked) > answer.dual
     torch.testing.assert_close(setting.point(rows).mass, setting.point(report.rows).mass, rtol=0.2, atol=0)
@@ -255,22 +257,30 @@ def test_the_interior_point_method_is_for_few_functions_or_small_ones(
 
 
 def test_slopes_move_as_often_as_is_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the interior-point method: more often where the time is out, and not beyond the aim."""
+    """Without the interior-point method: more often where the time is out, not beyond the aim nor for next to nothing."""
     problem, packed, report, answer = of_a_random_network()
     monkeypatch.setattr(repair, "_FEW", 2)
     monkeypatch.setattr(repair, "_MANY", 2)
     monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
     asked = counted_oracle(monkeypatch)
     assert report.rows is not None
+    monkeypatch.setattr(repair, "_WORTH", -1.0)
     duals = []
     for late, moves in ((False, repair._MOVES_ALONE), (True, repair._LATE_MOVES)):
         asked.clear()
         duals.append(problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=late).dual)
         assert len(asked) == moves and duals[-1] == max(found.dual for found in asked) > answer.dual
     assert duals[0] < duals[1]
+    first = asked[0].dual
     asked.clear()
-    problem.repair(report.rows, packed, answer, primal=0.5 * (answer.dual + duals[0]), tol=1e-4, late=True)
-    assert len(asked) < repair._LATE_MOVES
+    problem.repair(report.rows, packed, answer, primal=0.5 * (answer.dual + first), tol=1e-4, late=True)
+    assert len(asked) == 1
+    share = (first - answer.dual) / ((1 - 1e-4) * report.primal)
+    for worth, goes_on in ((1.01 * share, False), (0.99 * share, True)):
+        asked.clear()
+        monkeypatch.setattr(repair, "_WORTH", worth)
+        problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=True)
+        assert (len(asked) > 1) is goes_on
 
 
 def test_slopes_without_room_and_examples_too_large_come_last(monkeypatch: pytest.MonkeyPatch) -> None:

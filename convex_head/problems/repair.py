@@ -37,7 +37,8 @@ from convex_head.shards import Whole
 # beyond, its rounds are dear and find little that least squares do not.
 _ROUNDS, _LATE_ROUNDS, _FEW, _MANY, _DEAR = 5, 2, 32, 128, 32 * 512**3
 # How often slopes move by least squares: before the interior-point method, without it, and where the time is out.
-_MOVES, _MOVES_ALONE, _LATE_MOVES = 1, 2, 5
+# They stop after one that raises the bound by less than a share of what is aimed at.
+_MOVES, _MOVES_ALONE, _LATE_MOVES, _WORTH = 1, 2, 5, 0.01
 # A bound below this share of the objective, before any move, is far from the optimum.
 _FAR = 0.25
 # Free slopes, of all processes; examples are shuffled by products with an odd number.
@@ -131,8 +132,6 @@ def _moved(
     neurons, signs = _unit(packed), _counted(packed)
     best, found, moved = answer, answer, rows
     for _ in range(moves):
-        if best.dual >= aim:
-            break
         sign = torch.tensor([1.0, -1.0]).to(found.values)[:, None]
         signs = torch.cat([signs, (sign * (found.values > _NEAR * setting.reg)).flatten(1)], dim=1)
         neurons = torch.cat([neurons, found.directions.flatten(1, 2)], dim=1)
@@ -150,8 +149,11 @@ def _moved(
         )
         moved = moved.at(slope)
         found = oracle(setting.point(moved), setting.reg)
-        if found.dual > best.dual:
+        gain = found.dual - best.dual
+        if gain > 0:
             rows, best = moved, found
+        if gain < _WORTH * aim or best.dual >= aim:
+            break
     return rows, best
 
 

@@ -257,7 +257,7 @@ def test_the_interior_point_method_is_for_few_functions_or_small_ones(
 
 
 def test_slopes_move_as_often_as_is_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the interior-point method: more often where the time is out, not beyond the aim nor for next to nothing."""
+    """Without the interior-point method: more often where the time is out, not beyond the aim, nor for too little."""
     problem, packed, report, answer = of_a_random_network()
     monkeypatch.setattr(repair, "_FEW", 2)
     monkeypatch.setattr(repair, "_MANY", 2)

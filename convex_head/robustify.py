@@ -182,12 +182,13 @@ def robustify(
             least_clean = _accuracy(backbone, images[held_out], labels[held_out], num_classes, batch_size)
             say(f"the network as given: validation clean {least_clean:.3f}")
             least_clean -= max_clean_drop + _ROUNDING
-        heads = []
+        heads: list[ConvexRobustHead] = []
         with warnings.catch_warnings():
             # Candidates may stop early; their gap stands in the path.
             warnings.simplefilter("ignore", ConvergenceWarning)
             for b in path_regs:
-                start = None
+                # From the same radius at the reg before, then from the radius before.
+                start = heads[-len(path_radii)].result_ if heads else None
                 for r in path_radii:
                     head = fit(r, b, rest, _LOOSE * tol, start)
                     start = head.result_

@@ -13,6 +13,7 @@ from torch import Tensor
 from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems import dual_rows, repair
 from convex_head.problems.dual import OracleAnswer
+from convex_head.problems.interior_point import SlopeProgram
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.shards import Whole
 from convex_head.solvers.column_generation import ColumnGeneration
@@ -148,8 +149,35 @@ def test_a_few_free_slopes_or_neurons_repair_too(monkeypatch: pytest.MonkeyPatch
     fewer = problem.repair(report.rows, packed, answer, primal=report.primal, tol=1e-4)
     assert answer.dual < fewer.dual < above
     assert fewer.dual - answer.dual > 0.5 * (whole.dual - answer.dual)
-    assert 2 < len(asked) <= 1 + repair._ROUNDS or setting == "_FREE"
     torch.testing.assert_close(fewer.directions, answer.directions)
+
+
+def test_rounds_go_on_where_the_aim_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of slopes that the first few neurons allow shows whether it is; the next ones only lower it."""
+    x, y = clusters(300, 24, 4)
+    problem = PolynomialProblem(x, y, num_classes=4, radius=1.0, reg=0.02)
+    packed = problem.pack(ColumnGeneration().solve(problem, tol=0.03).network)
+    report = problem.dual_point(packed, 0.02, problem.blur(0.02))
+    answer, rounds = problem.oracle(report.point), [0]
+    maximise = SlopeProgram.maximise
+
+    def counted(*args: Any, **more: Any) -> Tensor:
+        rounds[0] += 1
+        return maximise(*args, **more)
+
+    def repaired(tol: float, late: bool = False) -> tuple[float, int]:
+        rounds[0] = 0
+        return problem.repair(report.rows, packed, answer, report.primal, tol, late=late).dual, rounds[0]
+
+    monkeypatch.setattr(SlopeProgram, "maximise", counted)
+    best, _ = repaired(1e-4)
+    monkeypatch.setattr(repair, "_LEADING", 4)
+    within = 1.05 * (1 - best / report.primal)
+    dual, done = repaired(within)
+    assert dual >= (1 - within) * report.primal and 1 < done <= repair._ROUNDS
+    short, done = repaired(1e-4)
+    assert short < (1 - 1e-4) * report.primal and done == 1
+    assert repaired(1e-4, late=True)[1] == repair._LATE_ROUNDS
 
 
 class _NoProgram:

@@ -258,3 +258,20 @@ def test_bad_settings_are_refused(setting):
     other = nn.Sequential(setting[0], nn.Linear(3, 5))
     with pytest.raises(errors.InputError, match="5 outputs and 3 classes"):
         chosen((other, *setting[1:]), max_clean_drop=0.1)
+
+
+def test_candidates_start_from_their_neighbours(setting, monkeypatch):
+    """From the radius before; the first of a reg from the same radius at the reg before."""
+    begun, fit = {}, ConvexRobustHead.fit
+
+    def noted(head, *data, start, **more):
+        done = fit(head, *data, start=start, **more)
+        begun.setdefault((head.radius, head.reg), (start, done.result_))
+        return done
+
+    monkeypatch.setattr(ConvexRobustHead, "fit", noted)
+    model, images, labels = setting
+    robustify(model, (images, labels), THREAT, radii=(0.25, 0.5), regs=(0.1, 0.03), tol=0.1)
+    before = {(0.5, 0.1): (0.25, 0.1), (0.25, 0.03): (0.25, 0.1), (0.5, 0.03): (0.25, 0.03)}
+    assert begun[0.25, 0.1][0] is None
+    assert all(begun[one][0] is begun[other][1] for one, other in before.items())

@@ -188,9 +188,12 @@ def _solved(
         x = program.maximise(x, aim + (_BEYOND * (primal - aim) if is_narrow else 0.0), primal, late)
         # Of several processes all go on from the same numbers.
         x = x.new_tensor(setting.shard.first_of(x.tolist()))
-        found = oracle(program.point(x), setting.reg)
+        point = program.point(x)
+        found = oracle(point, setting.reg)
         best = max(best, found, key=lambda answer: answer.dual)
-        if best.dual >= aim or not is_narrow:
+        # More neurons only lower the sum.
+        is_in_reach = late or float(point.mass.sum()) >= aim
+        if best.dual >= aim or not is_narrow or not is_in_reach:
             break
         near = (found.values > _NEAR * setting.reg).to(x).unsqueeze(-1)
         kept = torch.cat([kept, (found.directions * near).mT], dim=-1)

@@ -73,9 +73,10 @@ _SMOOTHING_AIM = 0.5
 _SETTLING = 0.5
 # A path goes on with a width so many times that of the head before.
 _REOPEN = 1.5
-# A bound is repaired where smoothing alone does not keep the gap further open than this many times tol and no neuron is
-# worth more than this many times reg; where the time is out, in any case.
-_REPAIR_SHARE, _REPAIR_WORST = 1.0, 1.25
+# A bound is repaired where smoothing alone keeps no more than tol open and no neuron is worth more than this many times
+# reg, or the best one of the median function exceeds reg by so many times tol at most; for the latter not before what
+# the last repair missed can have shrunk by the third factor an iteration. Where the time is out, in any case.
+_REPAIR_WORST, _REPAIR_MEDIAN, _REPAIR_PACE = 1.25, 4.0, 1.5
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -99,6 +100,7 @@ class _State:
         accuracy: of the next inner minimisation.
         centre: multipliers that the smoothing is centred on, or None.
         open: what smoothing kept open at the last point.
+        wait: iterations before the next repair of a bound.
     """
 
     network: Network
@@ -106,6 +108,7 @@ class _State:
     accuracy: float
     centre: Tensor | None = None
     open: float = math.inf
+    wait: float = 0.0
 
 
 class ColumnGeneration(Solver):
@@ -136,7 +139,8 @@ class ColumnGeneration(Solver):
             network, numbers, tensors = saved
             self._memory = CurvatureMemory.of(tensors, network)
             centre = _restore(problem, run, numbers, tensors)
-            state = _State(network, numbers["mu"], numbers["accuracy"], centre, numbers.get("open", math.inf))
+            more = numbers.get("open", math.inf), numbers.get("wait", 0.0)
+            state = _State(network, numbers["mu"], numbers["accuracy"], centre, *more)
         elif run.start is not None and float(run.start.norm) > 0:
             state = self._resume_from(problem, run.start, run)
         else:
@@ -192,7 +196,8 @@ class ColumnGeneration(Solver):
             if run.checkpoint is not None:
                 tensors = self._memory.tensors() | _to_keep(problem, run, state)
                 width = 0.0 if run.multipliers is None else run.multipliers.width
-                run.save(state.network, tensors, mu=state.mu, accuracy=state.accuracy, open=state.open, width=width)
+                numbers = {"mu": state.mu, "accuracy": state.accuracy, "open": state.open, "wait": state.wait}
+                run.save(state.network, tensors, **numbers, width=width)
         return state
 
     def _resume_from(self, problem: Any, start: Network, run: Run) -> _State:
@@ -260,12 +265,15 @@ class ColumnGeneration(Solver):
         report = problem.dual_point(packed, mu, problem.blur(mu), state.centre)
         run.multipliers = problem.multipliers(report.slopes, mu)
         answer = problem.oracle(report.point)
-        is_close = report.smoothing <= _REPAIR_SHARE * run.tol * report.primal
-        is_close = is_close and float(answer.bounds.amax()) <= _REPAIR_WORST * problem.reg
+        peak = answer.bounds.amax(1) / problem.reg
+        is_soon = state.wait < 1 and float(peak.median()) <= 1 + _REPAIR_MEDIAN * run.tol
+        is_close = report.smoothing <= run.tol * report.primal and (is_soon or float(peak.amax()) <= _REPAIR_WORST)
         is_late = run.out_of_time()
+        state.wait -= 1
         if report.rows is not None and (is_close or is_late):
             primal = min(run.primal, report.primal)
             answer = problem.repair(report.rows, packed, answer, primal, run.tol, late=is_late)
+            state.wait = math.log(max(1.0, (1 - answer.dual / primal) / run.tol), _REPAIR_PACE)
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
         return report, answer

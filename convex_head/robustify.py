@@ -1,8 +1,8 @@
 """From a backbone, training data and a pixel threat to a spliced robust model in one call.
 
 Pixel eps and feature radius are not linked by theory, so ``radius="auto"`` measures: it follows a warm-started path
-of feature radii, attacks the spliced model end to end at the pixel eps on a validation split taken from the
-*training* data, and keeps the radius with the best robust validation accuracy. The test set plays no part.
+of regularisations and radii, attacks the spliced model end to end at the pixel eps on a validation split taken from the
+*training* data, and keeps the pair with the best robust validation accuracy. The test set plays no part.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def test_candidates_start_from_their_neighbours(setting, monkeypatch):
 
     monkeypatch.setattr(ConvexRobustHead, "fit", noted)
     model, images, labels = setting
-    robustify(model, (images, labels), THREAT, radii=(0.25, 0.5), regs=(0.1, 0.03), tol=0.1)
-    before = {(0.5, 0.1): (0.25, 0.1), (0.25, 0.03): (0.25, 0.1), (0.5, 0.03): (0.25, 0.03)}
+    robustify(model, (images, labels), THREAT, radii=(0.25, 0.5), regs=(0.1, 0.03, 0.01), tol=0.1)
+    before = {(0.5, 0.1): (0.25, 0.1), (0.25, 0.03): (0.25, 0.1), (0.5, 0.03): (0.25, 0.03), (0.25, 0.01): (0.25, 0.03)}
     assert begun[0.25, 0.1][0] is None
     assert all(begun[one][0] is begun[other][1] for one, other in before.items())

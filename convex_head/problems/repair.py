@@ -10,8 +10,8 @@ large, the best slopes follow by an interior-point method (problems/interior_poi
 There some hundreds of slopes are free, those of whole examples picked at random among the ones that S leaves room, and
 the others keep their proportions: there are far fewer neurons to satisfy than that. The neurons are first those of the
 network and the leading eigenvectors of A_c. The exact oracle bounds what the slopes prove; the worst neurons that it
-finds are added, and the next round goes on from there. Margins of one function alone are not repaired: their bounds
-are good as they are.
+finds are added, and the next round goes on from there, as long as what they allow reaches what is aimed at. Margins of
+one function alone are not repaired: their bounds are good as they are.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ _FAR = 0.25
 _FREE, _ODD = 500, 2654435761
 # Leading eigenvectors of each function and sign, and of all together about.
 _LEADING, _ALL_LEADING = 64, 1 << 14
-# Of a bound for some neurons a share of tol is lost to the others.
-_BEYOND = 0.2
+# Of a bound for some neurons a share of tol is lost to the others. Where it falls short of the aim by more than the
+# second share, that is given up.
+_BEYOND, _SHORT = 0.2, 0.1
 # Neurons of less norm than this share of the largest do not count, those new among them; the oracle's do from this
 # share of reg on.
 _SMALL, _NEAR = 0.1, 0.98
@@ -191,8 +192,8 @@ def _solved(
         point = program.point(x)
         found = oracle(point, setting.reg)
         best = max(best, found, key=lambda answer: answer.dual)
-        # More neurons only lower the sum.
-        is_in_reach = late or float(point.mass.sum()) >= aim
+        # The sum found is about the most that these neurons allow, and more of them allow less.
+        is_in_reach = late or float(point.mass.sum()) >= aim - _SHORT * (primal - aim)
         if best.dual >= aim or not is_narrow or not is_in_reach:
             break
         near = (found.values > _NEAR * setting.reg).to(x).unsqueeze(-1)

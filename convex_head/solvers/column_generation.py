@@ -100,7 +100,7 @@ class _State:
         accuracy: of the next inner minimisation.
         centre: multipliers that the smoothing is centred on, or None.
         open: what smoothing kept open at the last point.
-        wait: iterations before the next repair of a bound.
+        wait: iterations before the median function alone asks for a repair again.
     """
 
     network: Network
@@ -159,7 +159,7 @@ class ColumnGeneration(Solver):
                     trial = run.trial(max(_SAMPLE_TOL, run.tol))
                     most = min(_SAMPLE_EVALUATIONS, self.inner_evaluations)
                     state = self._iterate(part, trial, state, most, min(_SAMPLE_ITERATIONS, self.max_iterations))
-                    state.centre = None
+                    state.centre, state.wait = None, 0.0
             except KeyboardInterrupt:
                 state.centre = None  # that of a sample's rows
                 self._measure(problem, state, run)

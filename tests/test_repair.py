@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from convex_head.problems.dual import OracleAnswer
 from convex_head.problems.interior_point import SlopeProgram
 from convex_head.problems.polynomial import PolynomialProblem
 from convex_head.shards import Whole
+from convex_head.solvers.base import Run
 from convex_head.solvers.column_generation import ColumnGeneration
 
 
@@ -68,7 +70,8 @@ def test_a_bound_that_is_far_off_is_repaired_where_the_time_is_out(monkeypatch: 
     monkeypatch.setattr(problem, "repair", lambda *args, **more: (answers.append(args[2]), repaired(*args, **more))[1])
     network = ColumnGeneration(neurons=1, max_iterations=1, inner_evaluations=30).solve(problem, tol=0.05).network
     assert not answers
-    result = ColumnGeneration().solve(problem, tol=0.05, start=network, max_seconds=1e-6)
+    monkeypatch.setattr(Run, "out_of_time", lambda _: True)  # without a limit that the repair itself would pass
+    result = ColumnGeneration().solve(problem, tol=0.05, start=network)
     assert [float(answer.bounds.amax()) > 4 * problem.reg for answer in answers] == [True]
     assert 2.5 * answers[0].dual < result.dual < result.primal
 
@@ -322,3 +325,44 @@ def test_slopes_without_room_and_examples_too_large_come_last(monkeypatch: pytes
     assert float(order[7]) < float(order[2])
     found = repair._gathered(rows, order, True, Whole())[0].slope.tolist()
     assert sorted(found) == [0.2, 0.5, 0.8, 1.0] and found[-1] == 1.0
+
+
+@pytest.mark.parametrize(("until", "moves"), [(-1.0, 1), (19.0, 1), (25.0, 2), (35.0, 3)])
+def test_moves_end_before_the_time_is_out(monkeypatch: pytest.MonkeyPatch, until: float, moves: int) -> None:
+    """Each takes ten seconds of this clock. The first is always made; the interior-point method then is not asked."""
+    problem, packed, report, answer = of_a_random_network()
+    now, ask = [0.0], repair.oracle
+
+    def slow(*args: Any) -> Any:
+        now[0] += 10.0
+        return ask(*args)
+
+    monkeypatch.setattr(repair, "_WORTH", -1.0)
+    monkeypatch.setattr(repair, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(repair, "oracle", slow)
+    if until < 10:
+        monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
+    else:
+        monkeypatch.setattr(repair, "_solved", lambda rows, packed, best, *_: best)
+    assert report.rows is not None
+    better = problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=True, until=until)
+    assert now[0] == 10.0 * moves and better.dual > answer.dual
+
+
+def test_the_interior_point_method_ends_with_the_time() -> None:
+    """It makes no step then, and what it has is a bound all the same."""
+    problem, optimum = case("crammer_singer", 0.3)
+    _, packed, report, answer = near_an_optimum()
+    assert report.rows is not None
+    setting = {"primal": report.primal, "tol": 1e-4}
+    rows = report.rows
+    free, is_free = repair._gathered(rows, repair._order(rows, torch.arange(24), 1 / 24), True, Whole())
+    assert bool(is_free.any())
+    eye = torch.eye(4).double().expand(3, 2, 4, 4)
+    rest = repair._Setting(3, True, 1 / 24, problem.coefficients, 0.02, Whole()).point(rows.some(~is_free))
+    program = SlopeProgram(free, rest, eye, cap=1 / 24, coefficients=problem.coefficients, reg=0.02)
+    x = torch.cat([free.slope, free.slope.new_ones(1)])
+    found = {until: program.maximise(x, report.primal, report.primal, until=until) for until in (-math.inf, math.inf)}
+    early, whole = (problem.oracle(program.point(found[until])).dual for until in (-math.inf, math.inf))
+    assert 0 < early < whole <= optimum * (1 + 1e-6)
+    assert problem.repair(rows, packed, answer, **setting, until=-math.inf).dual >= answer.dual

@@ -26,8 +26,8 @@ def test_one_bad_function_does_not_put_a_repair_off(monkeypatch: pytest.MonkeyPa
     asked = []
     repair = PolynomialProblem.repair
 
-    def noted(self: PolynomialProblem, rows: Any, packed: Any, answer: OracleAnswer, *rest: Any, late: bool) -> Any:
-        found = repair(self, rows, packed, answer, *rest, late=late)
+    def noted(self: PolynomialProblem, rows: Any, packed: Any, answer: OracleAnswer, *rest: Any, **limits: Any) -> Any:
+        found = repair(self, rows, packed, answer, *rest, **limits)
         asked.append((answer.bounds.amax(1) / self.reg, answer.dual, found.dual))
         return found
 
@@ -50,7 +50,7 @@ def test_a_repair_asks_for_a_median_within_tol(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         PolynomialProblem,
         "repair",
-        lambda self, rows, packed, answer, *_, late: (peaks.append(answer.bounds.amax(1) / self.reg), answer)[1],
+        lambda self, rows, packed, answer, *_, **limits: (peaks.append(answer.bounds.amax(1) / self.reg), answer)[1],
     )
     ColumnGeneration().solve(hard_problem(), tol=0.05)
     assert peaks
@@ -69,7 +69,7 @@ def test_a_repair_that_missed_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         return measure(self, *args)
 
     def hopeless(
-        self: PolynomialProblem, rows: Any, packed: Any, answer: OracleAnswer, primal: float, tol: float, *, late: bool
+        self: PolynomialProblem, rows: Any, packed: Any, answer: OracleAnswer, primal: float, tol: float, **limits: Any
     ) -> OracleAnswer:
         missed.append((measured[0], 1 - answer.dual / primal))
         return answer
@@ -93,7 +93,7 @@ def test_the_wait_outlives_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(
         PolynomialProblem,
         "repair",
-        lambda self, rows, packed, answer, *_, late: (asked.append(answer.dual), answer)[1],
+        lambda self, rows, packed, answer, *_, **limits: (asked.append(answer.dual), answer)[1],
     )
     monkeypatch.setattr(column_generation, "_REPAIR_MEDIAN", math.inf)
     monkeypatch.setattr(column_generation, "_REPAIR_WORST", 0.0)

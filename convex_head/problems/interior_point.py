@@ -25,6 +25,7 @@ F. Rendl, SIAM J. Optim. 10 (2000), for the subspace.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ class SlopeProgram:
         self._half = basis.new_tensor([-1.0, 1.0])
         self._barriers = 2 * functions * (k + 1) + len(rows.group) + self._groups + 2
 
-    def maximise(self, x: Tensor, aim: float, limit: float, persist: bool = False) -> Tensor:
+    def maximise(self, x: Tensor, aim: float, limit: float, persist: bool = False, until: float = math.inf) -> Tensor:
         """Free slopes and the factor of the others, (M + 1,), in S, that no neuron of the subspace contradicts.
 
         Args:
@@ -132,13 +133,19 @@ class SlopeProgram:
             aim: a sum of slopes that is good enough.
             limit: an upper bound of all sums that the constraint on every neuron allows.
             persist: go on where no sum reaches the aim; else the search ends as soon as this shows.
+            until: no step begins after ``time.perf_counter`` is there.
         """
         now, slow, longest = self._start(x), 0, _LONG
         if now is None:
             return x
         for _ in range(_STEPS):
             total = self._total(now.x)
-            if total >= aim or (limit < aim and not persist) or limit - total <= _CLOSE * limit:
+            if (
+                time.perf_counter() > until
+                or total >= aim
+                or (limit < aim and not persist)
+                or limit - total <= _CLOSE * limit
+            ):
                 break
             if slow == _SLOW_STEPS and longest == _LONG:
                 now, slow, longest = self._start(now.x) or now, 0, _SHORT

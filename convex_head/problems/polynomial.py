@@ -362,12 +362,15 @@ class PolynomialProblem:
         return oracle(point, self.reg)
 
     def repair(
-        self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, primal: float, tol: float, late: bool = False
+        self, rows: DualRows, packed: PackedNetwork, answer: OracleAnswer, primal: float, tol: float, **limits: Any
     ) -> OracleAnswer:
-        """``answer`` with a bound at least as good, from slopes solved for anew: ``repaired`` of problems/repair.py."""
+        """``answer`` with a bound at least as good, from slopes solved for anew: ``repaired`` of problems/repair.py.
+
+        ``limits`` are its ``late`` and ``until``.
+        """
         settings: dict[str, Any] = {"loss": self._loss, "num_classes": self.num_classes, "reg": self.reg, "n": self.n}
         settings |= {"coefficients": self.coefficients, "shard": self.shard, "primal": primal, "tol": tol}
-        return repaired(rows, packed, answer, number=self.shard.first + self._rows.order, late=late, **settings)
+        return repaired(rows, packed, answer, number=self.shard.first + self._rows.order, **settings, **limits)
 
     def dual_value(self, weights: Tensor, points: Tensor) -> float:
         """Rigorous lower bound of the optimum from explicit weights and points (section 3 of the method).

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,11 @@ _SMALL, _NEAR = 0.1, 0.98
 
 @dataclass(frozen=True)
 class _Setting:
-    """Of the problem: functions, whether the loss couples the margins of an example, what S leaves, and so on."""
+    """Of the problem: functions, whether the loss couples the margins of an example, what S leaves, and so on.
+
+    Attributes:
+        until: where ``time.perf_counter`` stands when the time is out.
+    """
 
     functions: int
     joint: bool
@@ -63,6 +68,11 @@ class _Setting:
     coefficients: tuple[float, float, float]
     reg: float
     shard: Whole
+    until: float = math.inf
+
+    def is_over(self, seconds: float = 0.0) -> bool:
+        """Whether the time is out so many seconds from now, in any process."""
+        return self.shard.any(time.perf_counter() + seconds > self.until)
 
     def point(self, rows: DualRows) -> DualPoint:
         """Mass and moments of some margins of all processes."""
@@ -87,8 +97,9 @@ def repaired(
     number: Tensor,
     primal: float,
     tol: float,
-    late: bool,
     shard: Whole,
+    late: bool = False,
+    until: float = math.inf,
 ) -> OracleAnswer:
     """``answer`` with the best bound that repaired slopes prove, its own if they prove nothing more.
 
@@ -102,8 +113,9 @@ def repaired(
         primal: the lowest objective known; no bound is higher.
         tol: a bound within this share of it is good enough.
         late: the time is out; go on where that is out of reach.
+        until: no move and no round after the first begins that would not end before ``time.perf_counter`` is there.
     """
-    setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard)
+    setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard, until)
     size = setting.functions * packed.vectors.shape[-1] ** 3
     is_cheap = setting.functions <= (_MANY if size <= _DEAR else _FEW)
     aim = (1 - tol) * primal
@@ -111,7 +123,7 @@ def repaired(
         return answer
     moves = _LATE_MOVES if late else _MOVES if is_cheap else _MOVES_ALONE
     rows, best = _moved(rows, packed, answer, setting, moves=moves, aim=aim, is_far=answer.dual < _FAR * primal)
-    if is_cheap and best.dual < aim:
+    if is_cheap and best.dual < aim and not setting.is_over():
         best = _solved(rows, packed, best, number, primal, tol, late, setting)
     return dataclasses.replace(answer, dual=best.dual)
 
@@ -131,8 +143,10 @@ def _moved(
     Far from the optimum functions count in proportion to what their best neuron is worth, those above the median.
     """
     neurons, signs = _unit(packed), _counted(packed)
-    best, found, moved = answer, answer, rows
-    for _ in range(moves):
+    best, found, moved, began = answer, answer, rows, time.perf_counter()
+    for done in range(moves):
+        if done and setting.is_over((time.perf_counter() - began) / done):
+            break
         sign = torch.tensor([1.0, -1.0]).to(found.values)[:, None]
         signs = torch.cat([signs, (sign * (found.values > _NEAR * setting.reg)).flatten(1)], dim=1)
         neurons = torch.cat([neurons, found.directions.flatten(1, 2)], dim=1)
@@ -186,7 +200,8 @@ def _solved(
         is_narrow = is_narrow and kept.shape[-1] < d
         basis = torch.linalg.qr(kept).Q if is_narrow else torch.eye(d).to(kept).expand(functions, 2, d, d)
         program = SlopeProgram(free, rest, basis, cap=setting.cap, coefficients=setting.coefficients, reg=setting.reg)
-        x = program.maximise(x, aim + (_BEYOND * (primal - aim) if is_narrow else 0.0), primal, late)
+        wanted = aim + (_BEYOND * (primal - aim) if is_narrow else 0.0)
+        x = program.maximise(x, wanted, primal, persist=late, until=setting.until)
         # Of several processes all go on from the same numbers.
         x = x.new_tensor(setting.shard.first_of(x.tolist()))
         point = program.point(x)
@@ -194,7 +209,7 @@ def _solved(
         best = max(best, found, key=lambda answer: answer.dual)
         # The sum found is about the most that these neurons allow, and more of them allow less.
         is_in_reach = late or float(point.mass.sum()) >= aim - _SHORT * (primal - aim)
-        if best.dual >= aim or not is_narrow or not is_in_reach:
+        if best.dual >= aim or not is_narrow or not is_in_reach or setting.is_over():
             break
         near = (found.values > _NEAR * setting.reg).to(x).unsqueeze(-1)
         kept = torch.cat([kept, (found.directions * near).mT], dim=-1)

@@ -26,12 +26,14 @@ from convex_head.solvers.result import Progress, SolveResult, Status, network_of
 from convex_head.threads import one_thread_if_small
 
 Callback = Callable[[Progress], Any]
+_MOST_KEPT = 0.2
 
 
 @dataclass
 class Run:
     """Book-keeping of one solve: best point, best bound, history, clock; multipliers given, and found.
 
+    Of the time limit ``reserve`` seconds are kept for the last bound. ``is_whole``: of all data, not of a sample.
     A callback that returns True ends the solve after the current iteration.
     """
 
@@ -55,6 +57,8 @@ class Run:
     agree: Callable[[bool], bool] = bool
     writes: bool = True
     earlier: float = 0.0
+    is_whole: bool = True
+    reserve: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -67,12 +71,22 @@ class Run:
         return self.earlier + time.perf_counter() - self.began
 
     def out_of_time(self) -> bool:
-        """The time limit of this run has passed, in any process."""
-        return self.max_seconds is not None and self.agree(time.perf_counter() - self.began >= self.max_seconds)
+        """The time limit of this run has passed, but for what is kept for the last bound, in any process."""
+        return self.max_seconds is not None and self.agree(time.perf_counter() >= self.deadline - self.reserve)
+
+    @property
+    def deadline(self) -> float:
+        """Where ``time.perf_counter`` stands when the limit has passed."""
+        return math.inf if self.max_seconds is None else self.began + self.max_seconds
+
+    def keep_back(self, seconds: float = math.inf) -> None:
+        """Keep so many seconds of the time limit for the last bound, a fifth of it at most."""
+        self.reserve = 0.0 if self.max_seconds is None else min(seconds, _MOST_KEPT * self.max_seconds)
 
     def trial(self, tol: float) -> Run:
         """Book-keeping of a solve on a sample of the data: the same clock, no callbacks, no checkpoint."""
-        return Run(tol, self.max_seconds, (), self.seed, began=self.began, extra=self.extra, agree=self.agree)
+        limit = None if self.max_seconds is None else self.max_seconds - self.reserve
+        return Run(tol, limit, (), self.seed, began=self.began, extra=self.extra, agree=self.agree, is_whole=False)
 
     def save(self, network: Any, tensors: Mapping[str, torch.Tensor], **numbers: float) -> None:
         """Keep where the solve stands, if it has a checkpoint: the network, and what else the algorithm needs."""
@@ -134,7 +148,9 @@ class Solver(abc.ABC):
         Args:
             problem: for example :class:`~convex_head.problems.polynomial.PolynomialProblem`.
             tol: relative duality gap to reach, > 0.
-            max_seconds: wall-clock limit, or None; compiling, seconds the first time on a machine, is not in it.
+            max_seconds: wall-clock limit, or None; compiling, seconds the first time on a machine, is not in it. The
+                default solver keeps up to a fifth of it for the last bound, and ends late by a pass or so where even
+                that is too little.
             callbacks: called with a :class:`Progress` an outer iteration; one that returns True stops the solve.
             seed: seeds whatever is random.
             start: a network to start from (warm start), or the result of another solve on the same examples, whose

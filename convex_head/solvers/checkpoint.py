@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from convex_head.errors import ResumeMismatchError
 from convex_head.problems.base import Network
+from convex_head.problems.multipliers import Multipliers
 from convex_head.solvers.result import Progress
 
 _FORMAT = "convex_head.solve/1"
@@ -84,3 +85,25 @@ def load_state(path: Path, key: dict[str, Any], device: torch.device | str) -> S
             "Delete it, or give this fit another checkpoint file."
         )
     return SolveState(networks[0], networks[1], numbers, history, extra)
+
+
+def multipliers_to_keep(
+    problem: Any, found: Multipliers | None, centre: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The multipliers of the last point, and the centre of the smoothing where it is another, of all examples."""
+    slopes = None if found is None else found.slopes
+    kept = {} if slopes is None else {"slopes": problem.all_multipliers(slopes)}
+    if centre is slopes or centre is None:
+        return kept | {"centred": torch.tensor(centre is not None)}
+    return kept | {"centre": problem.all_multipliers(centre)}
+
+
+def kept_multipliers(
+    problem: Any, width: float, tensors: dict[str, torch.Tensor]
+) -> tuple[Multipliers | None, torch.Tensor | None]:
+    """Multipliers, of this width, and centre that :func:`multipliers_to_keep` described, of the rows held here."""
+    slopes = problem.own_multipliers(tensors["slopes"]) if "slopes" in tensors else None
+    centre = slopes if "centred" in tensors and bool(tensors["centred"]) else None
+    if "centre" in tensors:
+        centre = problem.own_multipliers(tensors["centre"])
+    return problem.multipliers(slopes, width), centre

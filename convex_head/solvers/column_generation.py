@@ -24,6 +24,7 @@ Source: fully corrective Frank-Wolfe with a convex-gauge oracle (M. Jaggi, ICML 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from convex_head.adversary.margins import PackedNetwork
 from convex_head.problems.base import Network
 from convex_head.problems.dual import DualReport, OracleAnswer
 from convex_head.solvers.base import Run, Solver
+from convex_head.solvers.checkpoint import kept_multipliers, multipliers_to_keep
 from convex_head.solvers.curvature import CurvatureMemory
 from convex_head.solvers.lbfgs import Corrections, minimise
 from convex_head.solvers.merging import merging
@@ -77,6 +79,8 @@ _REOPEN = 1.5
 # reg, or the best one of the median function exceeds reg by so many times tol at most; for the latter not before what
 # the last repair missed can have shrunk by the third factor an iteration. Where the time is out, in any case.
 _REPAIR_WORST, _REPAIR_MEDIAN, _REPAIR_PACE = 1.25, 4.0, 1.5
+# Of the time limit so many times what the last measurement with a repair took is kept for the next.
+_KEPT = 2.0
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -133,12 +137,13 @@ class ColumnGeneration(Solver):
 
     def _solve(self, problem: Any, run: Run) -> None:
         run.extra["evaluations"] = 0
+        run.keep_back()
         self._memory = CurvatureMemory()
         saved = run.resume(problem.device)
         if saved is not None:
             network, numbers, tensors = saved
             self._memory = CurvatureMemory.of(tensors, network)
-            centre = _restore(problem, run, numbers, tensors)
+            run.multipliers, centre = kept_multipliers(problem, numbers.get("width", 0.0), tensors)
             more = numbers.get("open", math.inf), numbers.get("wait", 0.0)
             state = _State(network, numbers["mu"], numbers["accuracy"], centre, *more)
         elif run.start is not None and float(run.start.norm) > 0:
@@ -194,7 +199,7 @@ class ColumnGeneration(Solver):
                 reg = problem.reg * (1 + 0.5 * state.accuracy)
                 state.network = self._add(state.network, answer, reg, self._width(problem))
             if run.checkpoint is not None:
-                tensors = self._memory.tensors() | _to_keep(problem, run, state)
+                tensors = self._memory.tensors() | multipliers_to_keep(problem, run.multipliers, state.centre)
                 width = 0.0 if run.multipliers is None else run.multipliers.width
                 numbers = {"mu": state.mu, "accuracy": state.accuracy, "open": state.open, "wait": state.wait}
                 run.save(state.network, tensors, **numbers, width=width)
@@ -260,7 +265,7 @@ class ColumnGeneration(Solver):
 
     def _measure(self, problem: Any, state: _State, run: Run) -> tuple[DualReport, OracleAnswer]:
         """Report the exact objective of the network at its best scaling, and the bound that it proves."""
-        network, mu = state.network, state.mu
+        network, mu, began = state.network, state.mu, time.perf_counter()
         packed = problem.pack(network)
         report = problem.dual_point(packed, mu, problem.blur(mu), state.centre)
         run.multipliers = problem.multipliers(report.slopes, mu)
@@ -268,14 +273,18 @@ class ColumnGeneration(Solver):
         peak = answer.bounds.amax(1) / problem.reg
         is_soon = state.wait < 1 and float(peak.median()) <= 1 + _REPAIR_MEDIAN * run.tol
         is_close = report.smoothing <= run.tol * report.primal and (is_soon or float(peak.amax()) <= _REPAIR_WORST)
-        is_late = run.out_of_time()
+        is_late = run.is_whole and run.out_of_time()
         state.wait -= 1
-        if report.rows is not None and (is_close or is_late):
+        is_repaired = report.rows is not None and (is_close or is_late)
+        if is_repaired:
             primal = min(run.primal, report.primal)
-            answer = problem.repair(report.rows, packed, answer, primal, run.tol, late=is_late)
+            limits: dict[str, Any] = {"late": is_late, "until": run.deadline}
+            answer = problem.repair(report.rows, packed, answer, primal, run.tol, **limits)
             state.wait = math.log(max(1.0, (1 - answer.dual / primal) / run.tol), _REPAIR_PACE)
         scaled = replace(network, weights=network.weights * report.scale)
         run.report(primal=report.primal, dual=answer.dual, network=scaled, neurons=network.size)
+        if is_repaired or report.rows is None:
+            run.keep_back(_KEPT * (time.perf_counter() - began))
         return report, answer
 
     def _correct(self, problem: Any, state: _State, run: Run, most: int) -> bool:
@@ -359,25 +368,6 @@ class ColumnGeneration(Solver):
             torch.cat([network.weights, weight * signs]),
             torch.cat([network.function, function]),
         )
-
-
-def _to_keep(problem: Any, run: Run, state: _State) -> dict[str, Tensor]:
-    """What a checkpoint keeps of multipliers: those of the last point, and the centre where it is another."""
-    slopes = None if run.multipliers is None else run.multipliers.slopes
-    found = {} if slopes is None else {"slopes": problem.all_multipliers(slopes)}
-    if state.centre is slopes or state.centre is None:
-        return found | {"centred": torch.tensor(state.centre is not None)}
-    return found | {"centre": problem.all_multipliers(state.centre)}
-
-
-def _restore(problem: Any, run: Run, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor | None:
-    """The centre that :func:`_to_keep` described; multipliers of the last point into the run."""
-    slopes = problem.own_multipliers(tensors["slopes"]) if "slopes" in tensors else None
-    run.multipliers = problem.multipliers(slopes, numbers.get("width", 0.0))
-    if "centre" in tensors:
-        centre: Tensor = problem.own_multipliers(tensors["centre"])
-        return centre
-    return slopes if "centred" in tensors and bool(tensors["centred"]) else None
 
 
 def _first_accuracy(run: Run) -> float:

@@ -1,0 +1,119 @@
+"""Time limits: searches end early enough that the last bound fits into the limit, whatever it costs."""
+
+import math
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from repair_cases import clusters
+
+from convex_head.errors import ConvergenceWarning
+from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.solvers import base, column_generation
+from convex_head.solvers.base import Run
+from convex_head.solvers.column_generation import ColumnGeneration
+from convex_head.solvers.result import SolveResult, Status
+
+PASS, LIMIT = 100.0, 10_000.0
+
+
+class Clock:
+    """Real time, and as many seconds more as the test says that something takes; ``repairs`` (late, began, ended)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, repair_seconds: float):
+        self.more, self.began, self.repairs = 0.0, time.perf_counter(), []
+        evaluate, repair, clock = PolynomialProblem.evaluate, PolynomialProblem.repair, self
+
+        def slow(problem: PolynomialProblem, *args: Any) -> Any:
+            clock.more += PASS
+            return evaluate(problem, *args)
+
+        def dear(problem: PolynomialProblem, *args: Any, late: bool, until: float) -> Any:
+            assert until == pytest.approx(clock.began + LIMIT, abs=100)
+            began = clock.seconds()
+            found = repair(problem, *args, late=late)
+            clock.more += repair_seconds
+            clock.repairs.append((late, began, clock.seconds()))
+            return found
+
+        monkeypatch.setattr(PolynomialProblem, "evaluate", slow)
+        monkeypatch.setattr(PolynomialProblem, "repair", dear)
+        for module in (base, column_generation):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + self.more))
+
+    def seconds(self) -> float:
+        return time.perf_counter() + self.more - self.began
+
+
+def solve(loss: str = "crammer_singer", rows: int = 200, **settings: Any) -> SolveResult:
+    x, y = clusters(rows, 12, 4)
+    problem = PolynomialProblem(x, y, num_classes=4, radius=1.0, reg=0.002, loss=loss)
+    with pytest.warns(ConvergenceWarning, match="max_time"):
+        return ColumnGeneration().solve(problem, tol=1e-7, max_seconds=LIMIT, **settings)
+
+
+def test_the_last_bound_fits_into_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is known of its cost a fifth of the limit is kept, then twice what the last one took."""
+    clock = Clock(monkeypatch, repair_seconds=300.0)
+    result = solve()
+    late = [(began, ended) for is_late, began, ended in clock.repairs if is_late]
+    assert late[0][0] == pytest.approx(0.8 * LIMIT, abs=PASS + 20)
+    assert late[-1][0] == pytest.approx(LIMIT - 600, abs=PASS + 20)
+    assert late[-1][1] <= clock.seconds() <= LIMIT
+    assert len(late) <= 3 and result.status is Status.MAX_TIME and 0 < result.dual <= result.primal
+
+
+def test_cheap_bounds_leave_the_limit_to_the_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, repair_seconds=0.0)
+    solve()
+    assert LIMIT - PASS - 20 <= clock.seconds() <= LIMIT + PASS + 20
+
+
+def test_a_dear_bound_takes_a_fifth_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, repair_seconds=0.3 * LIMIT)
+    solve()
+    began = [began for is_late, began, _ in clock.repairs if is_late]
+    assert began == [pytest.approx(0.8 * LIMIT, abs=PASS + 20)]
+
+
+def test_losses_without_repairs_keep_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, repair_seconds=0.0)
+    solve("one_vs_rest")
+    assert not clock.repairs and LIMIT - PASS - 20 <= clock.seconds() <= LIMIT + PASS + 20
+
+
+def test_samples_repair_nothing_late_and_leave_the_last_bound_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the time goes into a sample here."""
+    monkeypatch.setattr(column_generation, "_FIRST_SAMPLE", 40)
+    monkeypatch.setattr(column_generation, "_SAMPLE_EVALUATIONS", 10**6)
+    monkeypatch.setattr(column_generation, "_SAMPLE_ITERATIONS", 10**6)
+    monkeypatch.setattr(column_generation, "_SAMPLE_TOL", 1e-9)
+    asked: list[tuple[int, bool]] = []
+    clock = Clock(monkeypatch, repair_seconds=0.0)
+    repair = PolynomialProblem.repair
+
+    def noted(problem: PolynomialProblem, *args: Any, late: bool, until: float) -> Any:
+        asked.append((problem.n, late))
+        return repair(problem, *args, late=late, until=clock.began + LIMIT)
+
+    monkeypatch.setattr(PolynomialProblem, "repair", noted)
+    solve(rows=120)
+    sampled = [late for n, late in asked if n == 40]
+    assert not any(sampled) and any(late for n, late in asked if n == 120)
+    first = next(began for is_late, began, _ in clock.repairs if is_late)
+    assert first == pytest.approx(0.8 * LIMIT, abs=PASS + 20)
+
+
+def test_a_run_keeps_back_what_it_is_told() -> None:
+    run = Run(1e-2, 50.0, (), 0)
+    assert run.reserve == 0.0 and run.deadline == run.began + 50.0
+    run.keep_back()
+    assert run.reserve == 10.0 and run.trial(0.1).deadline == pytest.approx(run.began + 40.0)
+    assert not run.trial(0.1).is_whole and run.is_whole
+    run.keep_back(3.0)
+    assert run.reserve == 3.0
+    endless = Run(1e-2, None, (), 0)
+    endless.keep_back(3.0)
+    assert endless.reserve == 0.0 and endless.deadline == math.inf and not endless.out_of_time()
+    assert endless.trial(0.1).max_seconds is None

@@ -117,3 +117,13 @@ def test_a_run_keeps_back_what_it_is_told() -> None:
     endless.keep_back(3.0)
     assert endless.reserve == 0.0 and endless.deadline == math.inf and not endless.out_of_time()
     assert endless.trial(0.1).max_seconds is None
+
+
+@pytest.mark.parametrize(("many", "share"), [(3, 1 / 3), (4, 0.2)])
+def test_of_many_functions_more_is_kept(monkeypatch: pytest.MonkeyPatch, many: int, share: float) -> None:
+    """Four functions here, more than ``many`` or not."""
+    monkeypatch.setattr(column_generation, "_MANY", many)
+    clock = Clock(monkeypatch, repair_seconds=0.4 * LIMIT)
+    solve()
+    began = [began for is_late, began, _ in clock.repairs if is_late]
+    assert began == [pytest.approx((1 - share) * LIMIT, abs=PASS + 20)]

@@ -26,14 +26,14 @@ from convex_head.solvers.result import Progress, SolveResult, Status, network_of
 from convex_head.threads import one_thread_if_small
 
 Callback = Callable[[Progress], Any]
-_MOST_KEPT = 0.2
 
 
 @dataclass
 class Run:
     """Book-keeping of one solve: best point, best bound, history, clock; multipliers given, and found.
 
-    Of the time limit ``reserve`` seconds are kept for the last bound. ``is_whole``: of all data, not of a sample.
+    Of the time limit ``reserve`` seconds are kept for the last bound, and ``share`` of it at most. ``is_whole``: of all
+    data, not of a sample.
     A callback that returns True ends the solve after the current iteration.
     """
 
@@ -59,6 +59,7 @@ class Run:
     earlier: float = 0.0
     is_whole: bool = True
     reserve: float = 0.0
+    share: float = 0.2
 
     @property
     def gap(self) -> float:
@@ -80,8 +81,8 @@ class Run:
         return math.inf if self.max_seconds is None else self.began + self.max_seconds
 
     def keep_back(self, seconds: float = math.inf) -> None:
-        """Keep so many seconds of the time limit for the last bound, a fifth of it at most."""
-        self.reserve = 0.0 if self.max_seconds is None else min(seconds, _MOST_KEPT * self.max_seconds)
+        """Keep so many seconds of the time limit for the last bound, ``share`` of it at most."""
+        self.reserve = 0.0 if self.max_seconds is None else min(seconds, self.share * self.max_seconds)
 
     def trial(self, tol: float) -> Run:
         """Book-keeping of a solve on a sample of the data: the same clock, no callbacks, no checkpoint."""
@@ -149,8 +150,8 @@ class Solver(abc.ABC):
             problem: for example :class:`~convex_head.problems.polynomial.PolynomialProblem`.
             tol: relative duality gap to reach, > 0.
             max_seconds: wall-clock limit, or None; compiling, seconds the first time on a machine, is not in it. The
-                default solver keeps up to a fifth of it for the last bound, and ends late by a pass or so where even
-                that is too little.
+                default solver keeps up to a fifth of it for the last bound, a third with more than 96 classes, and ends
+                late by a pass or so where even that is too little.
             callbacks: called with a :class:`Progress` an outer iteration; one that returns True stops the solve.
             seed: seeds whatever is random.
             start: a network to start from (warm start), or the result of another solve on the same examples, whose

@@ -81,6 +81,8 @@ _REOPEN = 1.5
 _REPAIR_WORST, _REPAIR_MEDIAN, _REPAIR_PACE = 1.25, 4.0, 1.5
 # Of the time limit so many times what the last measurement with a repair took is kept for the next.
 _KEPT = 2.0
+# Of many functions, where repairs gain more than searches do, up to this share.
+_KEPT_OF_MANY = 1 / 3
 # Missing neurons violate the bound by more than the inner solution's inaccuracy: then they come first.
 _INNER_SHARE = 0.3
 # Large data: samples of growing size first, each solved roughly, while a pass over all is much dearer.
@@ -137,6 +139,7 @@ class ColumnGeneration(Solver):
 
     def _solve(self, problem: Any, run: Run) -> None:
         run.extra["evaluations"] = 0
+        run.share = _KEPT_OF_MANY if problem.num_functions > _MANY else run.share
         run.keep_back()
         self._memory = CurvatureMemory()
         saved = run.resume(problem.device)

@@ -349,6 +349,24 @@ def test_moves_end_before_the_time_is_out(monkeypatch: pytest.MonkeyPatch, until
     assert now[0] == 10.0 * moves and better.dual > answer.dual
 
 
+def test_the_time_is_out_where_it_is_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, packed, report, answer = of_a_random_network()
+    asked: list[bool] = []
+
+    class OtherIsOut(Whole):
+        def any(self, flag: bool) -> bool:
+            asked.append(flag)
+            return True
+
+    monkeypatch.setattr(repair, "_WORTH", -1.0)
+    monkeypatch.setattr(repair, "SlopeProgram", _NoProgram)
+    moves = counted_oracle(monkeypatch)
+    problem.shard = OtherIsOut()
+    assert report.rows is not None
+    problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=True)
+    assert len(moves) == 1 and asked == [False, False]
+
+
 def test_the_interior_point_method_ends_with_the_time() -> None:
     """It makes no step then, and what it has is a bound all the same."""
     problem, optimum = case("crammer_singer", 0.3)

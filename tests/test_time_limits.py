@@ -2,9 +2,12 @@
 
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from repair_cases import clusters
 
@@ -32,7 +35,7 @@ class Clock:
         def dear(problem: PolynomialProblem, *args: Any, late: bool, until: float) -> Any:
             assert until == pytest.approx(clock.began + LIMIT, abs=100)
             began = clock.seconds()
-            found = repair(problem, *args, late=late)
+            found = repair(problem, *args, late=late, until=until)
             clock.more += repair_seconds
             clock.repairs.append((late, began, clock.seconds()))
             return found
@@ -46,11 +49,13 @@ class Clock:
         return time.perf_counter() + self.more - self.began
 
 
-def solve(loss: str = "crammer_singer", rows: int = 200, **settings: Any) -> SolveResult:
+def solve(
+    loss: str = "crammer_singer", rows: int = 200, solver: ColumnGeneration | None = None, **settings: Any
+) -> SolveResult:
     x, y = clusters(rows, 12, 4)
     problem = PolynomialProblem(x, y, num_classes=4, radius=1.0, reg=0.002, loss=loss)
     with pytest.warns(ConvergenceWarning, match="max_time"):
-        return ColumnGeneration().solve(problem, tol=1e-7, max_seconds=LIMIT, **settings)
+        return (solver or ColumnGeneration()).solve(problem, tol=1e-7, max_seconds=LIMIT, **settings)
 
 
 def test_the_last_bound_fits_into_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,23 +91,71 @@ def test_losses_without_repairs_keep_next_to_nothing(monkeypatch: pytest.MonkeyP
 def test_samples_repair_nothing_late_and_leave_the_last_bound_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All the time goes into a sample here."""
     monkeypatch.setattr(column_generation, "_FIRST_SAMPLE", 40)
+    monkeypatch.setattr(column_generation, "_SAMPLE_OF_FUNCTION", 1)
     monkeypatch.setattr(column_generation, "_SAMPLE_EVALUATIONS", 10**6)
     monkeypatch.setattr(column_generation, "_SAMPLE_ITERATIONS", 10**6)
     monkeypatch.setattr(column_generation, "_SAMPLE_TOL", 1e-9)
-    asked: list[tuple[int, bool]] = []
+    asked: list[tuple[int, bool, float]] = []
     clock = Clock(monkeypatch, repair_seconds=0.0)
-    repair = PolynomialProblem.repair
+    measure = ColumnGeneration._measure
 
-    def noted(problem: PolynomialProblem, *args: Any, late: bool, until: float) -> Any:
-        asked.append((problem.n, late))
-        return repair(problem, *args, late=late, until=clock.began + LIMIT)
+    def noted(self: ColumnGeneration, problem: Any, state: Any, run: Run) -> Any:
+        began = clock.seconds()
+        found = measure(self, problem, state, run)
+        asked.append((problem.n, run.is_late, began))
+        return found
 
-    monkeypatch.setattr(PolynomialProblem, "repair", noted)
+    monkeypatch.setattr(ColumnGeneration, "_measure", noted)
     solve(rows=120)
-    sampled = [late for n, late in asked if n == 40]
-    assert not any(sampled) and any(late for n, late in asked if n == 120)
-    first = next(began for is_late, began, _ in clock.repairs if is_late)
-    assert first == pytest.approx(0.8 * LIMIT, abs=PASS + 20)
+    sampled, whole = ([line[1:] for line in asked if line[0] == n] for n in (40, 120))
+    assert sampled and not any(late for late, _ in sampled)
+    late, began = whole[0]
+    assert late and began == pytest.approx(0.8 * LIMIT, abs=2 * PASS + 20)
+    assert clock.seconds() >= LIMIT - PASS - 20  # what the first bound has left is used
+
+
+def test_a_limit_that_passes_in_a_callback_still_has_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, repair_seconds=0.0)
+
+    def dawdle(_: Any) -> None:
+        clock.more += 0.3 * LIMIT
+
+    solve(callbacks=(dawdle,))
+    assert clock.repairs[-1][0]
+
+
+def test_a_search_that_the_clock_cut_off_is_no_matter_of_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, repair_seconds=0.0)
+    assert solve(solver=ColumnGeneration(max_iterations=1)).status is Status.MAX_TIME
+
+
+def test_a_checkpoint_of_a_limited_run_is_gone_on_from_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing that the clock cut off is kept."""
+    x, y = clusters(200, 12, 4)
+    problem = PolynomialProblem(x, y, num_classes=4, radius=1.0, reg=0.002)
+    straight = ColumnGeneration().solve(problem, tol=1e-3)
+    assert straight.iterations > 2
+    with monkeypatch.context() as patched:
+        Clock(patched, repair_seconds=0.0)
+        solve(checkpoint=tmp_path / "state")
+    resumed = ColumnGeneration().solve(problem, tol=1e-3, checkpoint=tmp_path / "state")
+    # All of a history but its seconds.
+    ours, theirs = ([replace(line, seconds=0.0) for line in result.history] for result in (resumed, straight))
+    assert ours[: len(theirs)] == theirs[: len(ours)]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int64])
+def test_limits_may_be_numbers_of_numpy(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """Which would take the clock into their own precision."""
+    x, y = clusters(60, 6, 3)
+    problem = PolynomialProblem(x, y, num_classes=3, radius=0.3, reg=0.05)
+    seen: list[Run] = []
+    algorithm = ColumnGeneration._solve
+    monkeypatch.setattr(ColumnGeneration, "_solve", lambda self, *args: (seen.append(args[1]), algorithm(self, *args)))
+    ColumnGeneration().solve(problem, tol=0.05, max_seconds=kind(30))
+    assert type(seen[0].deadline) is float and seen[0].deadline == seen[0].began + 30
 
 
 def test_a_run_keeps_back_what_it_is_told() -> None:

@@ -113,7 +113,8 @@ def repaired(
         primal: the lowest objective known; no bound is higher.
         tol: a bound within this share of it is good enough.
         late: the time is out; go on where that is out of reach.
-        until: no move and no round after the first begins that would not end before ``time.perf_counter`` is there.
+        until: no move after the first begins that would not end before ``time.perf_counter`` is there, and no round of
+            the interior-point method after it is.
     """
     setting = _Setting(len(packed.signs), loss.joint, loss.share(num_classes) / n, coefficients, reg, shard, until)
     size = setting.functions * packed.vectors.shape[-1] ** 3

@@ -33,7 +33,7 @@ class Run:
     """Book-keeping of one solve: best point, best bound, history, clock; multipliers given, and found.
 
     Of the time limit ``reserve`` seconds are kept for the last bound, and ``share`` of it at most. ``is_whole``: of all
-    data, not of a sample.
+    data, not of a sample; ``is_late``: the last measurement was made because the time was out; ``was_late``: one was.
     A callback that returns True ends the solve after the current iteration.
     """
 
@@ -60,6 +60,8 @@ class Run:
     is_whole: bool = True
     reserve: float = 0.0
     share: float = 0.2
+    is_late: bool = False
+    was_late: bool = False
 
     @property
     def gap(self) -> float:
@@ -175,7 +177,9 @@ class Solver(abc.ABC):
         prepare = getattr(problem, "prepare", None)
         if prepare is not None:
             prepare()
-        run = Run(tol, max_seconds, tuple(callbacks), seed, network_of(start))
+        # A number of numpy would take the clock into its own precision.
+        limit = None if max_seconds is None else float(max_seconds)
+        run = Run(tol, limit, tuple(callbacks), seed, network_of(start))
         run.given = start.multipliers if isinstance(start, SolveResult) else None
         if checkpoint is not None:
             if not self.keeps_checkpoints:
@@ -219,7 +223,7 @@ class Solver(abc.ABC):
             status = Status.CONVERGED
         elif interrupted or run.stopped:
             status = Status.INTERRUPTED
-        elif run.out_of_time():
+        elif run.is_late or run.out_of_time():
             status = Status.MAX_TIME
         else:
             status = Status.STALLED if run.stalled else Status.MAX_ITER

@@ -173,13 +173,13 @@ class ColumnGeneration(Solver):
                 self._measure(problem, state, run)
                 raise
         self._iterate(problem, run, state, self.inner_evaluations, self.max_iterations)
-        if run.network is None:  # the time was out before the first iteration
+        if run.network is None:  # no iteration is allowed
             self._measure(problem, state, run)
 
     def _iterate(self, problem: Any, run: Run, state: _State, evaluations: int, iterations: int) -> _State:
         """So many outer iterations, of so many evaluations each, at most; returns where they stand."""
         for _ in range(len(run.history), iterations):
-            if run.finished():
+            if _is_over(run):
                 break
             if state.mu < _NARROWEST or _stalled(run):
                 run.stalled = True
@@ -188,7 +188,7 @@ class ColumnGeneration(Solver):
             most = min(evaluations, _PATIENCE) if is_rough else evaluations
             converged = self._correct(problem, state, run, most)
             report, answer = self._measure(problem, state, run)
-            if run.finished():
+            if _is_over(run):
                 break
             if report.smoothing > _SMOOTHING_SHARE * run.tol * report.primal:
                 if state.centre is None or report.smoothing > _SETTLING * state.open:
@@ -201,7 +201,8 @@ class ColumnGeneration(Solver):
                 state.centre = report.slopes
                 reg = problem.reg * (1 + 0.5 * state.accuracy)
                 state.network = self._add(state.network, answer, reg, self._width(problem))
-            if run.checkpoint is not None:
+            # What the clock has cut off would not be gone on from to the same result.
+            if run.checkpoint is not None and not run.was_late:
                 tensors = self._memory.tensors() | multipliers_to_keep(problem, run.multipliers, state.centre)
                 width = 0.0 if run.multipliers is None else run.multipliers.width
                 numbers = {"mu": state.mu, "accuracy": state.accuracy, "open": state.open, "wait": state.wait}
@@ -276,12 +277,13 @@ class ColumnGeneration(Solver):
         peak = answer.bounds.amax(1) / problem.reg
         is_soon = state.wait < 1 and float(peak.median()) <= 1 + _REPAIR_MEDIAN * run.tol
         is_close = report.smoothing <= run.tol * report.primal and (is_soon or float(peak.amax()) <= _REPAIR_WORST)
-        is_late = run.is_whole and run.out_of_time()
+        run.is_late = run.is_whole and run.out_of_time()
+        run.was_late = run.was_late or run.is_late
         state.wait -= 1
-        is_repaired = report.rows is not None and (is_close or is_late)
+        is_repaired = report.rows is not None and (is_close or run.is_late)
         if is_repaired:
             primal = min(run.primal, report.primal)
-            limits: dict[str, Any] = {"late": is_late, "until": run.deadline}
+            limits: dict[str, Any] = {"late": run.is_late, "until": run.deadline}
             answer = problem.repair(report.rows, packed, answer, primal, run.tol, **limits)
             state.wait = math.log(max(1.0, (1 - answer.dual / primal) / run.tol), _REPAIR_PACE)
         scaled = replace(network, weights=network.weights * report.scale)
@@ -371,6 +373,11 @@ class ColumnGeneration(Solver):
             torch.cat([network.weights, weight * signs]),
             torch.cat([network.function, function]),
         )
+
+
+def _is_over(run: Run) -> bool:
+    """Whether a run ends here: where the time is out, not before a measurement that knows it."""
+    return run.finished() and (run.gap <= run.tol or run.stopped or run.is_late or not run.is_whole)
 
 
 def _first_accuracy(run: Run) -> float:

@@ -22,6 +22,7 @@ HEAD_ONLY = ("linear", "linear_deep_whitened", "mlp", "mlp_at", "mlp_trades", "m
 _MARKERS = {
     "own": "s",
     "linear": "v",
+    "linear_deep_whitened": ">",
     "mlp": "^",
     "mlp_at": "D",
     "mlp_trades": "P",
@@ -31,6 +32,8 @@ _MARKERS = {
     "convex_deep_wide": "X",
     "convex_deep_whitened": "H",
     "convex_deep_whitened_clean": "h",
+    "relu": "<",
+    "gated_relu": "8",
 }
 _OTHER = "*"
 _LEFT = 0.1

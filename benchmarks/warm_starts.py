@@ -1,6 +1,6 @@
 """What a path of ten heads over the radius or the regularisation costs, in units of one fit from scratch.
 
-    python -m benchmarks.warm_starts            digits, and synthetic features of width 512; an hour of one core
+    python -m benchmarks.warm_starts            digits, and synthetic features of width 512; half an hour of one core
     python -m benchmarks.warm_starts --quick    seconds
 
 Every head of a path starts from the network and the multipliers of the head before it, as robustify follows a path; the
@@ -26,14 +26,13 @@ from torch import Tensor
 from benchmarks.common import Column, Record, arguments, load_average, publish, synthetic_features
 from convex_head.errors import ConvergenceWarning
 from convex_head.problems.polynomial import PolynomialProblem
+from convex_head.robustify import LOOSE
 from convex_head.solvers import SolveResult, get_solver
 
 NAME = "warm_starts"
 _RADIUS, _REG = 0.5, 0.01
 _MAX_SECONDS = 600.0
 _TOLS = {"digits": (1e-2, 3e-2), "features": (3e-2,)}
-# Candidates of robustify stop at so many times the gap of the head that it returns.
-_LOOSE = 5.0
 _EVERY, _CHOICE = "all to the gap", "to choose one"
 
 
@@ -97,7 +96,7 @@ def measure(data: str, path: str, settings: list[tuple[float, float]], tol: floa
     ends = (0, len(settings) // 2, len(settings) - 1)
     for place in ends:
         record("single", settings[place], *fit(x, y, settings[place], tol, None))
-    for kind, aim in (("path", tol), ("candidate", _LOOSE * tol)):
+    for kind, aim in (("path", tol), ("candidate", LOOSE * tol)):
         heads: list[SolveResult] = []
         for setting in settings:
             result, seconds = fit(x, y, setting, aim, heads[-1] if heads else None)
@@ -166,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     notes = (
         "A single fit is the mean of three from scratch: first, middle and last setting of the path.",
-        f"{_CHOICE}: all heads to {_LOOSE:g} times the gap asked, as robustify's candidates, and one of them to it, "
+        f"{_CHOICE}: all heads to {LOOSE:g} times the gap asked, as robustify's candidates, and one of them to it, "
         "from its network (mean of first, middle and last setting); the largest gap is that of the candidates.",
     )
     publish(options, "Warm-started paths", records, rows, columns, lambda pyplot: draw(pyplot, rows), notes)

@@ -211,8 +211,8 @@ class ConvexRobustHead(Standardised):
             labels: (n,) integers in 0..C-1, at least two different ones.
             solver: "auto" or a name of the activation's ``solvers``.
             tol: relative gap (primal - dual) / max(1e-12, primal) to reach.
-            max_seconds: wall-clock limit, with the last bound; the best point is kept and its honest gap stored, with a
-                warning.
+            max_seconds: wall-clock limit, which includes the last bound of column_generation; the best point is kept
+                and its honest gap stored, with a warning.
             progress: True shows a progress line, False none; None shows it on a terminal once a fit takes over 2 s.
             callback: called with a :class:`Progress` an outer iteration; returning True ends the fit.
             seed: seeds the random start.

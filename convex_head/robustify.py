@@ -32,7 +32,7 @@ GRIDS = {
     "whiten": ((0.5, 0.7, 1.0, 2.0), (0.01, 0.003)),
     "scale": ((0.25, 0.5, 1.0, 2.0), (0.1, 0.03)),
 }
-_LOOSE = 5.0
+LOOSE = 5.0
 _ROUNDING = 1e-9
 
 
@@ -190,7 +190,7 @@ def robustify(
                 # From the same radius at the reg before, then from the radius before.
                 start = heads[-len(path_radii)].result_ if heads else None
                 for r in path_radii:
-                    head = fit(r, b, rest, _LOOSE * tol, start)
+                    head = fit(r, b, rest, LOOSE * tol, start)
                     start = head.result_
                     path.append(validated(head, 0))
                     heads.append(head)
@@ -198,7 +198,7 @@ def robustify(
             chosen_radius, chosen_reg, head, more = path[best].radius, path[best].reg, heads[best], []
             for number in range(1, rounds + 1):
                 more.append(adversarial(head, rest))
-                head = fit(chosen_radius, chosen_reg, rest, _LOOSE * tol, head.network(), more)
+                head = fit(chosen_radius, chosen_reg, rest, LOOSE * tol, head.network(), more)
                 path.append(validated(head, number))
                 heads.append(head)
         best = best_of(path)

@@ -330,7 +330,7 @@ def test_slopes_without_room_and_examples_too_large_come_last(monkeypatch: pytes
 @pytest.mark.parametrize(("until", "moves"), [(-1.0, 1), (19.0, 1), (25.0, 2), (35.0, 3)])
 def test_moves_end_before_the_time_is_out(monkeypatch: pytest.MonkeyPatch, until: float, moves: int) -> None:
     """Each takes ten seconds of this clock. The first is always made; the interior-point method then is not asked."""
-    problem, packed, report, answer = of_a_random_network()
+    (_, optimum), (problem, packed, report, answer) = case("crammer_singer", 0.3), of_a_random_network()
     now, ask = [0.0], repair.oracle
 
     def slow(*args: Any) -> Any:
@@ -346,7 +346,7 @@ def test_moves_end_before_the_time_is_out(monkeypatch: pytest.MonkeyPatch, until
         monkeypatch.setattr(repair, "_solved", lambda rows, packed, best, *_: best)
     assert report.rows is not None
     better = problem.repair(report.rows, packed, answer, report.primal, 1e-4, late=True, until=until)
-    assert now[0] == 10.0 * moves and better.dual > answer.dual
+    assert now[0] == 10.0 * moves and answer.dual < better.dual <= optimum * (1 + 1e-6)
 
 
 def test_the_time_is_out_where_it_is_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ GRIDS = {
     "whiten": ((0.5, 0.7, 1.0, 2.0), (0.01, 0.003)),
     "scale": ((0.25, 0.5, 1.0, 2.0), (0.1, 0.03)),
 }
+# Candidates stop at so many times the gap of the head that is returned.
 LOOSE = 5.0
 _ROUNDING = 1e-9
 

@@ -18,11 +18,12 @@ from convex_head.errors import InputError
 from convex_head.records import EvalRecord
 from convex_head.statistics import Comparison, compare
 
-HEAD_ONLY = ("linear", "linear_deep_whitened", "mlp", "mlp_at", "mlp_trades", "mlp_at_deep")
+HEAD_ONLY = ("linear", "linear_deep_whitened", "linear_deep_shaped", "mlp", "mlp_at", "mlp_trades", "mlp_at_deep")
 _MARKERS = {
     "own": "s",
     "linear": "v",
     "linear_deep_whitened": ">",
+    "linear_deep_shaped": "4",
     "mlp": "^",
     "mlp_at": "D",
     "mlp_trades": "P",
@@ -32,6 +33,8 @@ _MARKERS = {
     "convex_deep_wide": "X",
     "convex_deep_whitened": "H",
     "convex_deep_whitened_clean": "h",
+    "convex_deep_shaped": (5, 1),
+    "convex_deep_shaped_clean": (5, 0),
     "relu": "<",
     "gated_relu": "8",
 }
@@ -228,7 +231,7 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
             # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
             seconds, number = max(row["seconds"] or _LEFT, _LEFT), heads.index(row["head"])
             bars = [[100 * (row["robust"] - row["low"])], [100 * (row["high"] - row["robust"])]]
-            style = {"fmt": _MARKERS.get(row["head"], _OTHER), "color": COLOURS[number % len(COLOURS)]}
+            style = {"marker": _MARKERS.get(row["head"], _OTHER), "ls": "none", "color": COLOURS[number % len(COLOURS)]}
             style["mfc"] = style["color"] if row["attacks"] == "autoattack" else "white"
             axis.errorbar(seconds, 100 * row["robust"], bars, markersize=7, capsize=2, lw=1, **style)
         axis.set_xscale("log")

@@ -7,6 +7,7 @@ of regularisations and radii, attacks the spliced model end to end at the pixel 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from convex_head.baselines.pgd import pgd_accuracy
 from convex_head.console import clock, messages
 from convex_head.data import as_pair
-from convex_head.displacement import attacked_images, whitening
+from convex_head.displacement import MovedImages, attacked_images
 from convex_head.errors import ChoiceWarning, ConvergenceWarning, InputError, RadiusError
 from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
@@ -29,11 +30,16 @@ from convex_head.validation import check_radius, check_reg
 
 # (radii, regs) of "auto", in the units of either standardisation.
 GRIDS = {
-    "whiten": ((0.5, 0.7, 1.0, 2.0), (0.01, 0.003)),
+    "whiten": ((0.5, 0.7, 1.0, 1.4), (0.01, 0.003)),
     "scale": ((0.25, 0.5, 1.0, 2.0), (0.1, 0.03)),
 }
 # Candidates stop at so many times the gap of the head that is returned.
 LOOSE = 5.0
+# Images that are attacked to shape the ellipsoid, and steps: four times as many images, or ten steps, shaped it no
+# better.
+SHAPE_IMAGES, SHAPE_STEPS = 2000, 3
+# For the distance of radius 0 to 1.
+_LEAST_RADIUS = 1e-9
 _ROUNDING = 1e-9
 
 
@@ -76,6 +82,7 @@ def robustify(
     batch_size: int = 256,
     seed: int = 0,
     standardise: str = "whiten",
+    shape_rounds: int = 1,
     rounds: int = 0,
     max_clean_drop: float | None = None,
     cache_dir: Any = None,
@@ -100,6 +107,8 @@ def robustify(
             head a matrix behind which displacements have one covariance and are 1 long on average in the direction
             they aim at: an ellipsoid of features, still exact, and a radius of 1 is what the threat reaches. "scale"
             is the round ball of features of deviation 1.
+        shape_rounds: with "whiten", before all other fits: how often a head is fitted (at the radius nearest to 1 and
+            the last reg, to the gap of a candidate), attacked, and what that moves mixed into the ellipsoid.
         rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
             what is found as further centres, refit. Validation chooses the number, 0 among them.
         max_clean_drop: most that a candidate may lose against the backbone as given, in clean validation accuracy: 0.01
@@ -115,13 +124,14 @@ def robustify(
     Raises:
         RadiusError, RegularisationError: a candidate is not admissible.
         InputError: ``validation_share`` is not inside (0, 1), or leaves no example on a side; ``standardise`` is no
-            name above; ``rounds`` is negative; ``max_clean_drop`` is not inside [0, 1], there is one candidate only, or
-            the backbone does not predict these classes; the threat moves no feature.
+            name above; ``rounds`` or ``shape_rounds`` is negative; ``max_clean_drop`` is not inside [0, 1], there is
+            one candidate only, or the backbone does not predict these classes; the threat moves no feature.
     """
     if standardise not in GRIDS:
         raise InputError(f"standardise must be 'whiten' or 'scale'; found {standardise!r}.")
-    if rounds < 0:
-        raise InputError(f"rounds must be at least 0; found {rounds}. 0 fits on clean features.")
+    for name, value in (("rounds", rounds), ("shape_rounds", shape_rounds)):
+        if value < 0:
+            raise InputError(f"{name} must be at least 0; found {value}. 0 takes no attack.")
     if max_clean_drop is not None and not 0 <= max_clean_drop <= 1:
         raise InputError(f"max_clean_drop must be in [0, 1] or None; found {max_clean_drop!r}. 0.01 is one point.")
     images, labels = as_pair(train_data)
@@ -132,7 +142,7 @@ def robustify(
     candidates = len(path_radii) * len(path_regs)
     if max_clean_drop is not None and candidates == 1:
         raise InputError("max_clean_drop chooses among candidates; found one. Pass several radii or regs.")
-    steps = 2 + (standardise == "whiten")
+    steps = 2 + (standardise == "whiten") * (1 + shape_rounds)
     steps += candidates + rounds + (max_clean_drop is not None) if candidates > 1 else 0
     say = _teller(progress, steps)
     say("extracting features")
@@ -144,17 +154,19 @@ def robustify(
 
     probe = splice(nn.Identity()).backbone
     features = extract_features(probe, images, batch_size=batch_size, cache_dir=cache_dir).to(device)
-    if standardise == "whiten":
-        say("measuring how far the threat moves the features")
-        scaled = bool(head_settings.get("standardize", True))
-        matrix = whitening(probe, images, features, threat, seed=seed, batch=batch_size, standardize=scaled)
-        head_settings = {**head_settings, "whitening": matrix}
+    everything = torch.arange(len(labels))
 
     def fit(r: float, b: float, rows: Tensor, aim: float, start: Any, more: Sequence[Any] = ()) -> ConvexRobustHead:
         head = ConvexRobustHead(features.shape[1], num_classes, radius=r, reg=b, **head_settings).to(device)
         x = torch.cat([features[rows], *more])
         y = labels[rows].repeat(1 + len(more))
         return head.fit(x, y, tol=aim, max_seconds=max_seconds, progress=False, seed=seed, start=start)
+
+    def fit_loosely(r: float, b: float, rows: Tensor, start: Any, more: Sequence[Any] = ()) -> ConvexRobustHead:
+        with warnings.catch_warnings():
+            # Such heads may stop early; those of the path say their gap there.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return fit(r, b, rows, LOOSE * tol, start, more)
 
     def validated(head: ConvexRobustHead, number: int) -> Candidate:
         clean, robust = pgd_accuracy(splice(head), images[held_out], labels[held_out], threat)
@@ -172,36 +184,54 @@ def robustify(
             return max(range(len(path)), key=lambda i: (path[i].clean, path[i].robust))
         return max(range(len(path)), key=lambda i: (path[i].allowed, path[i].robust, path[i].clean))
 
+    def measure_ellipsoid(rows: Tensor) -> None:
+        if standardise != "whiten":
+            return
+        say("measuring how far the threat moves the features")
+        scaled = bool(head_settings.get("standardize", True))
+        sample = MovedImages(probe, images, features, threat, seed=seed, batch=batch_size, standardize=scaled)
+        shift, attacked = sample.ascended()[1], []
+        head_settings["whitening"] = sample.whitening(shift)
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        drawn = rows[drawn[:SHAPE_IMAGES]]
+        r = min(path_radii, key=lambda candidate: abs(math.log(max(candidate, _LEAST_RADIUS))))
+        for number in range(1, shape_rounds + 1):
+            say(f"attacking a head in the ellipsoid, to shape it (round {number})")
+            head = fit_loosely(r, path_regs[-1], rows, None)
+            model = splice(head)
+            found = attacked_images(model, images[drawn], labels[drawn], threat, batch_size, steps=SHAPE_STEPS)
+            attacked.append(sample.shift(found, drawn))
+            head_settings["whitening"] = sample.whitening(shift, attacked)
+
     least_clean = 0.0
-    everything = torch.arange(len(labels))
     path: list[Candidate] = []
     start, chosen_rounds = None, rounds
     chosen_radius, chosen_reg = path_radii[0], path_regs[0]
-    if candidates > 1:
+    if candidates == 1:
+        measure_ellipsoid(everything)
+    else:
         rest, held_out = _split(len(labels), validation_share, seed)
+        measure_ellipsoid(rest)
         if max_clean_drop is not None:
             least_clean = _accuracy(backbone, images[held_out], labels[held_out], num_classes, batch_size)
             say(f"the network as given: validation clean {least_clean:.3f}")
             least_clean -= max_clean_drop + _ROUNDING
         heads: list[ConvexRobustHead] = []
-        with warnings.catch_warnings():
-            # Candidates may stop early; their gap stands in the path.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            for b in path_regs:
-                # From the same radius at the reg before, then from the radius before.
-                start = heads[-len(path_radii)].result_ if heads else None
-                for r in path_radii:
-                    head = fit(r, b, rest, LOOSE * tol, start)
-                    start = head.result_
-                    path.append(validated(head, 0))
-                    heads.append(head)
-            best = best_of(path)
-            chosen_radius, chosen_reg, head, more = path[best].radius, path[best].reg, heads[best], []
-            for number in range(1, rounds + 1):
-                more.append(adversarial(head, rest))
-                head = fit(chosen_radius, chosen_reg, rest, LOOSE * tol, head.network(), more)
-                path.append(validated(head, number))
+        for b in path_regs:
+            # From the same radius at the reg before, then from the radius before.
+            start = heads[-len(path_radii)].result_ if heads else None
+            for r in path_radii:
+                head = fit_loosely(r, b, rest, start)
+                start = head.result_
+                path.append(validated(head, 0))
                 heads.append(head)
+        best = best_of(path)
+        chosen_radius, chosen_reg, head, more = path[best].radius, path[best].reg, heads[best], []
+        for number in range(1, rounds + 1):
+            more.append(adversarial(head, rest))
+            head = fit_loosely(chosen_radius, chosen_reg, rest, head.network(), more)
+            path.append(validated(head, number))
+            heads.append(head)
         best = best_of(path)
         if not path[best].allowed:
             warnings.warn(

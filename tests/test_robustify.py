@@ -10,6 +10,7 @@ from torch import nn
 from convex_head import errors
 from convex_head.baselines import preact_resnet_small, train
 from convex_head.displacement import MovedImages, attacked_images, whitening
+from convex_head.features import extract_features
 from convex_head.head import ConvexRobustHead
 from convex_head.robustify import _split, robustify
 from convex_head.splice import replace_head
@@ -220,6 +221,66 @@ def test_a_whitened_head_is_the_head_of_whitened_features(activation):
         torch.testing.assert_close(getattr(inside, name)(x, y), getattr(outside, name)(x @ matrix, y), **near)
 
 
+def test_attacked_displacements_are_a_tenth_of_the_covariance_and_heads_count_alike():
+    net, images, features = linear_backbone(torch.randn(4, 9, generator=torch.Generator().manual_seed(1)))
+    sample = MovedImages(net, images, features, THREAT)
+    shift = sample.ascended()[1].double()
+    generator = torch.Generator().manual_seed(2)
+    one, many = (shift.std() * torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (50, 500))
+
+    def shape(matrix):
+        found = torch.linalg.inv(matrix @ matrix.mT)
+        return found / found.trace()
+
+    wanted = 0.9 * shift.mT @ shift / len(shift) + 0.05 * (one.mT @ one / 50 + many.mT @ many / 500)
+    wanted += 0.1 * wanted.trace() / 4 * torch.eye(4)
+    wanted /= wanted.trace()
+    torch.testing.assert_close(shape(sample.whitening(shift, [one, many])), wanted, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(shape(sample.whitening(shift)), wanted, atol=1e-3)
+
+
+def test_shape_rounds_attack_a_head_on_the_images_of_the_fit(setting, monkeypatch):
+    model, images, labels = setting
+    module = sys.modules["convex_head.robustify"]  # the package has a function of that name
+    asked, attack = [], module.attacked_images
+
+    def seen(spliced, x, y, *rest, **steps):
+        order = rows_of(x)
+        assert torch.equal(images[order], x) and torch.equal(labels[order], y)
+        asked.append((spliced.head.radius, spliced.head.reg, order, attack(spliced, x, y, *rest, **steps)))
+        return asked[-1][-1]
+
+    def rows_of(x):
+        return torch.cdist(x.flatten(1), images.flatten(1)).argmin(1)
+
+    monkeypatch.setattr(module, "attacked_images", seen)
+    monkeypatch.setattr(module, "SHAPE_IMAGES", 60)
+    settings = {"radii": (0.3, 0.8, 2.0), "regs": (0.2, 0.1), "tol": 0.1}
+    head = robustify(model, (images, labels), THREAT, shape_rounds=2, **settings).head
+    rest, _ = _split(len(labels), 0.2, 0)
+    assert [one[:2] for one in asked] == [(0.8, 0.1)] * 2
+    # Sixty different ones of the 72 that heads are fitted on, all classes among them, and none that is held out.
+    drawn = asked[0][2]
+    assert (
+        len(set(drawn.tolist())) == 60 and set(drawn.tolist()) < set(rest.tolist()) and len(labels[drawn].unique()) == 3
+    )
+    assert torch.equal(drawn, asked[1][2])
+    assert not torch.equal(asked[0][3], asked[1][3])
+    # The matrix is that of the displacements which these attacks found.
+    probe = replace_head(model, nn.Identity()).backbone
+    sample = MovedImages(probe, images, extract_features(probe, images), THREAT)
+    shift = sample.ascended()[1]
+    attacked = [sample.shift(one[3], drawn) for one in asked]
+    sample.whitening(shift), sample.whitening(shift, attacked[:1])
+    torch.testing.assert_close(head.whitening.double(), sample.whitening(shift, attacked), atol=1e-5, rtol=1e-5)
+    plain = robustify(model, (images, labels), THREAT, shape_rounds=0, **settings).head
+    assert len(asked) == 2
+    # What attacks found is shorter behind the matrix, where a ball goes as far in all directions.
+    found = attacked[0]
+    before, after = (float((found @ one.whitening.double()).norm(dim=1).mean()) for one in (plain, head))
+    assert after < 0.98 * before
+
+
 def test_rounds_are_validated_and_change_the_head(setting):
     model = chosen(setting, rounds=2)
     assert [one.round for one in model.path_] == [0, 0, 1, 2]
@@ -236,10 +297,11 @@ def test_rounds_add_the_features_of_attacked_images(setting, monkeypatch):
     monkeypatch.setattr(
         ConvexRobustHead, "fit", lambda self, x, *a, **k: (seen.append(x.clone()), fit(self, x, *a, **k))[1]
     )
-    robustify(model, (images, labels), THREAT, radius=0.5, reg=0.1, tol=0.05, rounds=1)
+    settings = {"radius": 0.5, "reg": 0.1, "tol": 0.05, "shape_rounds": 0}
+    robustify(model, (images, labels), THREAT, rounds=1, **settings)
     plain, more = seen
     assert torch.equal(more[:90], plain) and more.shape == (180, plain.shape[1])
-    one = robustify(model, (images, labels), THREAT, radius=0.5, reg=0.1, tol=0.05)
+    one = robustify(model, (images, labels), THREAT, **settings)
     found = attacked_images(one, images, labels, THREAT)
     torch.testing.assert_close(more[90:], one.features(found), atol=1e-4, rtol=1e-4)
 
@@ -247,8 +309,9 @@ def test_rounds_add_the_features_of_attacked_images(setting, monkeypatch):
 def test_bad_settings_are_refused(setting):
     with pytest.raises(errors.InputError, match="'whiten' or 'scale'"):
         chosen(setting, standardise="zca")
-    with pytest.raises(errors.InputError, match="rounds must be at least 0"):
-        chosen(setting, rounds=-1)
+    for name in ("rounds", "shape_rounds"):
+        with pytest.raises(errors.InputError, match=f"^{name} must be at least 0; found -1"):
+            chosen(setting, **{name: -1})
     with pytest.raises(errors.InputError, match="validation_share"):
         chosen(setting, validation_share=1.0)
     with pytest.raises(errors.InputError, match="max_clean_drop must be in"):

@@ -10,7 +10,7 @@ direction drawn at random, on average (convex_head/displacement.py). Behind the 
     noise        of images with +-eps in every pixel, signs drawn at random; no gradients are needed
     attack       of images that were attacked on the network's own head
     directions   of images that ascend a direction of feature space drawn at random, sixteen for every feature and one
-                 step along each; what ``robustify`` takes
+                 step along each; what ``robustify`` begins with
     few          of 2,000 such images, three steps along each
 
 In each, a convex head and a linear one (hinge, exact worst cases too) are fitted; the radius is the one that does best

@@ -190,7 +190,10 @@ def _linear_in_ball(
     at: str,
     settings: Card,
 ) -> tuple[nn.Module, Card]:
-    """A linear head trained in the balls of the whitened convex heads, where its worst cases are closed form."""
+    """A linear head trained in ellipsoids as the convex heads are, where its worst cases are closed form.
+
+    A shaped one is shaped by attacks on such a linear head, at radius 1 and the smallest decay.
+    """
     probe = replace_head(model, nn.Identity(), at=at).backbone
 
     def standardised(rows: Tensor) -> tuple[Units, Tensor]:
@@ -221,7 +224,7 @@ def _linear_in_ball(
         robust, clean, radius, decay = max(scores)
         with measured() as last:
             everything = torch.arange(len(data.labels))
-            spliced = fitted(*standardised(everything), radius, decay, everything)
+            spliced = fitted(*standardised(data.rest), radius, decay, everything)
     card = {
         "radius": radius,
         "reg": decay,
@@ -267,7 +270,7 @@ def _convex(
     max_clean_drop: float | None = None,
     **settings: Any,
 ) -> tuple[nn.Module, Card]:
-    """``robustify`` with radius="auto"; then the chosen head once more by itself, for the cost of one fit."""
+    """``robustify`` with radius="auto"; then the chosen settings by themselves, for the cost of one fit."""
     choose: Card = {"radii": radii or effort.radii, "regs": regs or effort.regs}
     choose |= {"rounds": rounds, "max_clean_drop": max_clean_drop}
     common = {"at": at, "tol": effort.tol, "max_seconds": effort.max_seconds, "seed": seed, **settings}
@@ -310,6 +313,7 @@ HEADS: dict[str, Fit] = {
     "convex": _convex,
     "convex_wide": partial(_convex, **_WIDE),
     "convex_whitened": partial(_convex, **_WHITENED),
+    "convex_shaped": partial(_convex, **_SHAPED),
     "convex_rounds": partial(_convex, rounds=2, **_WIDE),
     "convex_deep": partial(_convex, at="pool"),
     "convex_deep_rounds": partial(_convex, at="pool", rounds=4, radii=(0.5, 2.0), regs=(0.1,)),

@@ -63,7 +63,7 @@ class BenchSettings:
         attacks: by the registry's names.
         epochs, batch_size, lr: the training of the backbones.
         widths: channels of the stages of the backbone; the last is the number of features.
-        standardise: units of the convex head, as in :func:`convex_head.robustify`.
+        standardise, shape_rounds: units of the convex head, as in :func:`convex_head.robustify`.
         radii, regs: candidates for the convex head in these units; all but the first start warm.
         tol: relative gap of the head that is deployed; candidates stop at five times it.
         max_seconds: limit of one head fit; a fit that reaches it is shown with its honest gap.
@@ -81,7 +81,8 @@ class BenchSettings:
     lr: float = 0.1
     widths: tuple[int, ...] = (4, 32)
     standardise: str = "whiten"
-    radii: tuple[float, ...] = (0.5, 1.0, 2.0)
+    shape_rounds: int = 1
+    radii: tuple[float, ...] = (0.5, 1.0, 1.4)
     regs: tuple[float, ...] = (0.01, 0.003)
     tol: float = 1e-2
     max_seconds: float = 20.0
@@ -287,6 +288,7 @@ def _fit_convex(
             settings.threat,
             at=_CUT,
             standardise=settings.standardise,
+            shape_rounds=settings.shape_rounds,
             radii=settings.radii,
             regs=settings.regs,
             tol=settings.tol,
@@ -297,6 +299,7 @@ def _fit_convex(
     facts = {
         "head": "convex",
         "standardise": settings.standardise,
+        "shape_rounds": settings.shape_rounds,
         **certificate_facts(head),
         "head_seconds": time.perf_counter() - began,
         "path": [dataclasses.asdict(candidate) for candidate in spliced.path_],

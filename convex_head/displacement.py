@@ -15,12 +15,12 @@ the network's own head move says little about where another head could be attack
 needed. The matrix is part of the head (``ConvexRobustHead(whitening=...)``), whose certificates stay exact.
 
 Attacks on a head that was *fitted in this ellipsoid* are another matter: the next head, fitted nearly where it was,
-will be attacked much as it is. Their displacements a, with a share w of a tenth,
+will be attacked much as it is. Their displacements a, with a weight w of a tenth,
 
     S = (1 - w) E[d d'] + w E[a a']
 
-make the ellipsoid longer where such a head can be attacked, and leave the rest of it as it is. More of them is worse:
-S then forgets where a head could go that avoids them.
+make the ellipsoid longer where such a head can be attacked, and keep the proportions of the rest. With a larger weight
+S forgets where a head could go that avoids these attacks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SHRINK = 0.1
 _LEAST_DRAWS, _DRAWS_OF_A_FEATURE = 2000, 16
 # Directions behind W for the reach, and steps of eps/2 along each.
 _REACH_DRAWS, _REACH_STEPS = 1000, 3
-# Share of attacked displacements in S: a tenth was better than a fifth, and two fifths worse than none.
+# Weight of attacked displacements in S: a tenth was better than a fifth, and two fifths worse than none.
 _ATTACKED = 0.1
 # A reach below this is rounding.
 _LEAST = 1e-6
@@ -54,18 +54,19 @@ _ROUND = "standardise='scale' takes the round ball, which needs no gradients."
 def attacked_images(
     model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, batch: int = 256, *, steps: int = 10
 ) -> Tensor:
-    """Images (n, ...) after ascent on max_{k != y} f_k - f_y of ``model``: steps of eps/4, of eps/2 below four."""
+    """Images (n, ...) after ascent on max_{k != y} f_k - f_y of ``model``; steps of eps/4, fewer than four of eps/2."""
     found, device = [], _device(model, images)
-    size = threat.eps / (4 if steps >= 4 else 2)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    size = threat.eps / (4 if steps >= 4 else min(steps, 2))
     for part, y in zip(images.split(batch), labels.to(device).split(batch), strict=True):
-        x = part.to(device)
+        x = part.to(device, dtype)
 
         def margin(logits: Tensor, y: Tensor = y) -> Tensor:
             own = logits.gather(1, y[:, None])
             return (logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True) - own).sum()
 
         moved = maximise(model, x, threat, margin, start=x, steps=steps, step_size=size)
-        found.append(moved.to(images.device))
+        found.append(moved.to(part))
     return torch.cat(found)
 
 
@@ -186,7 +187,7 @@ class MovedImages:
         return moved.to(images)
 
     def whitening(self, shift: Tensor | None, attacked: Sequence[Tensor] = ()) -> Tensor:
-        """W (p, p) of reach 1 that gives displacements one covariance.
+        """W (p, p) of reach 1 that gives displacements one covariance; every call draws directions for its reach.
 
         Args:
             shift: (M, p) displacements d of the module's docstring, standardised; None makes W a multiple of I.

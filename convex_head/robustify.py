@@ -102,13 +102,14 @@ def robustify(
         tol: relative gap of the head that is returned; candidates stop at five times it.
         max_seconds: limit of one fit.
         batch_size: images in one pass through the backbone.
-        seed: of the split and of the fits.
+        seed: of the ellipsoid, the split and the fits.
         standardise: "whiten" measures how far the threat moves features (:mod:`convex_head.displacement`) and gives the
             head a matrix behind which displacements have one covariance and are 1 long on average in the direction
             they aim at: an ellipsoid of features, still exact, and a radius of 1 is what the threat reaches. "scale"
             is the round ball of features of deviation 1.
-        shape_rounds: with "whiten", before all other fits: how often a head is fitted (at the radius nearest to 1 and
-            the last reg, to the gap of a candidate), attacked, and what that moves mixed into the ellipsoid.
+        shape_rounds: with "whiten", before all other fits: how often a head is fitted on the rows of the candidates (at
+            the radius whose ratio to 1 is smallest and the smallest reg, to the gap of a candidate), attacked on 2,000
+            of their images in three steps, and what that moves mixed into the ellipsoid, which all heads then keep.
         rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
             what is found as further centres, refit. Validation chooses the number, 0 among them.
         max_clean_drop: most that a candidate may lose against the backbone as given, in clean validation accuracy: 0.01
@@ -130,8 +131,8 @@ def robustify(
     if standardise not in GRIDS:
         raise InputError(f"standardise must be 'whiten' or 'scale'; found {standardise!r}.")
     for name, value in (("rounds", rounds), ("shape_rounds", shape_rounds)):
-        if value < 0:
-            raise InputError(f"{name} must be at least 0; found {value}. 0 takes no attack.")
+        if value < 0 or value != int(value):
+            raise InputError(f"{name} must be a whole number of at least 0; found {value}. 0 takes no attack.")
     if max_clean_drop is not None and not 0 <= max_clean_drop <= 1:
         raise InputError(f"max_clean_drop must be in [0, 1] or None; found {max_clean_drop!r}. 0.01 is one point.")
     images, labels = as_pair(train_data)
@@ -164,7 +165,7 @@ def robustify(
 
     def fit_loosely(r: float, b: float, rows: Tensor, start: Any, more: Sequence[Any] = ()) -> ConvexRobustHead:
         with warnings.catch_warnings():
-            # Such heads may stop early; those of the path say their gap there.
+            # Such heads may stop early; their gaps stand in the path and in the lines of the progress.
             warnings.simplefilter("ignore", ConvergenceWarning)
             return fit(r, b, rows, LOOSE * tol, start, more)
 
@@ -194,14 +195,15 @@ def robustify(
         head_settings["whitening"] = sample.whitening(shift)
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         drawn = rows[drawn[:SHAPE_IMAGES]]
-        r = min(path_radii, key=lambda candidate: abs(math.log(max(candidate, _LEAST_RADIUS))))
+        r = min(sorted(path_radii), key=lambda candidate: abs(math.log(max(candidate, _LEAST_RADIUS))))
         for number in range(1, shape_rounds + 1):
-            say(f"attacking a head in the ellipsoid, to shape it (round {number})")
-            head = fit_loosely(r, path_regs[-1], rows, None)
+            head = fit_loosely(r, min(path_regs), rows, None)
             model = splice(head)
             found = attacked_images(model, images[drawn], labels[drawn], threat, batch_size, steps=SHAPE_STEPS)
             attacked.append(sample.shift(found, drawn))
             head_settings["whitening"] = sample.whitening(shift, attacked)
+            assert head.result_ is not None
+            say(f"shaped by attacks on a head of gap {head.result_.gap:.3f}, round {number}")
 
     least_clean = 0.0
     path: list[Candidate] = []
@@ -211,11 +213,11 @@ def robustify(
         measure_ellipsoid(everything)
     else:
         rest, held_out = _split(len(labels), validation_share, seed)
-        measure_ellipsoid(rest)
         if max_clean_drop is not None:
             least_clean = _accuracy(backbone, images[held_out], labels[held_out], num_classes, batch_size)
             say(f"the network as given: validation clean {least_clean:.3f}")
             least_clean -= max_clean_drop + _ROUNDING
+        measure_ellipsoid(rest)
         heads: list[ConvexRobustHead] = []
         for b in path_regs:
             # From the same radius at the reg before, then from the radius before.

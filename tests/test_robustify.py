@@ -1,5 +1,6 @@
 """robustify: the choice of radius, the ellipsoid and the adversarial rounds."""
 
+import copy
 import re
 import sys
 
@@ -64,9 +65,10 @@ def test_clean_accuracy_can_be_kept(setting, monkeypatch):
     assert model.head.radius == 0.5 and not any(one.allowed for one in model.path_)
 
 
-def test_attacked_images_stay_in_the_threat_set_and_hurt(setting):
+@pytest.mark.parametrize("steps", [3, 10])
+def test_attacked_images_stay_in_the_threat_set_and_hurt(setting, steps):
     model, images, labels = setting
-    found = attacked_images(model, images, labels, THREAT, batch=32)
+    found = attacked_images(model, images, labels, THREAT, batch=32, steps=steps)
     assert float((found - images).abs().max()) <= 0.1 + 1e-6 and float(found.min()) >= 0 and float(found.max()) <= 1
 
     def margin(x):
@@ -239,46 +241,103 @@ def test_attacked_displacements_are_a_tenth_of_the_covariance_and_heads_count_al
     assert not torch.allclose(shape(sample.whitening(shift)), wanted, atol=1e-3)
 
 
-def test_shape_rounds_attack_a_head_on_the_images_of_the_fit(setting, monkeypatch):
-    model, images, labels = setting
+@pytest.fixture
+def shaping(setting, monkeypatch):
+    """What attacks that shape an ellipsoid were asked: a list of (head, rows, images found), which calls add to."""
+    _, images, labels = setting
     module = sys.modules["convex_head.robustify"]  # the package has a function of that name
     asked, attack = [], module.attacked_images
 
-    def seen(spliced, x, y, *rest, **steps):
-        order = rows_of(x)
-        assert torch.equal(images[order], x) and torch.equal(labels[order], y)
-        asked.append((spliced.head.radius, spliced.head.reg, order, attack(spliced, x, y, *rest, **steps)))
+    def seen(spliced, x, y, threat, batch, **steps):
+        rows = torch.cdist(x.flatten(1), images.flatten(1)).argmin(1)
+        assert torch.equal(labels[rows], y) and steps == {"steps": module.SHAPE_STEPS}
+        asked.append((spliced.head, rows, attack(spliced, x, y, threat, batch, **steps)))
         return asked[-1][-1]
-
-    def rows_of(x):
-        return torch.cdist(x.flatten(1), images.flatten(1)).argmin(1)
 
     monkeypatch.setattr(module, "attacked_images", seen)
     monkeypatch.setattr(module, "SHAPE_IMAGES", 60)
-    settings = {"radii": (0.3, 0.8, 2.0), "regs": (0.2, 0.1), "tol": 0.1}
+    return asked
+
+
+def test_shape_rounds_attack_a_head_that_has_not_seen_the_held_out_images(setting, shaping):
+    model, images, labels = setting
+    settings = {"radii": (1.6, 0.0, 0.45), "regs": (0.1, 0.2), "tol": 0.1}
     head = robustify(model, (images, labels), THREAT, shape_rounds=2, **settings).head
     rest, _ = _split(len(labels), 0.2, 0)
-    assert [one[:2] for one in asked] == [(0.8, 0.1)] * 2
-    # Sixty different ones of the 72 that heads are fitted on, all classes among them, and none that is held out.
-    drawn = asked[0][2]
-    assert (
-        len(set(drawn.tolist())) == 60 and set(drawn.tolist()) < set(rest.tolist()) and len(labels[drawn].unique()) == 3
-    )
-    assert torch.equal(drawn, asked[1][2])
-    assert not torch.equal(asked[0][3], asked[1][3])
-    # The matrix is that of the displacements which these attacks found.
     probe = replace_head(model, nn.Identity()).backbone
-    sample = MovedImages(probe, images, extract_features(probe, images), THREAT)
+    features = extract_features(probe, images)
+    assert [(one.radius, one.reg) for one, _, _ in shaping] == [(1.6, 0.1)] * 2  # in ratio nearer to 1 than 0.45
+    for one, _, _ in shaping:
+        torch.testing.assert_close(one.mean, features[rest].mean(0), atol=1e-5, rtol=1e-5)
+    drawn = shaping[0][1]  # sixty of the 72 that heads are fitted on
+    assert len(set(drawn.tolist())) == 60 and set(drawn.tolist()) < set(rest.tolist())
+    assert torch.equal(drawn, shaping[1][1]) and not torch.equal(shaping[0][2], shaping[1][2])
+    sample = MovedImages(probe, images, features, THREAT)
     shift = sample.ascended()[1]
-    attacked = [sample.shift(one[3], drawn) for one in asked]
+    attacked = [sample.shift(found, drawn) for _, _, found in shaping]
     sample.whitening(shift), sample.whitening(shift, attacked[:1])
     torch.testing.assert_close(head.whitening.double(), sample.whitening(shift, attacked), atol=1e-5, rtol=1e-5)
     plain = robustify(model, (images, labels), THREAT, shape_rounds=0, **settings).head
-    assert len(asked) == 2
+    assert len(shaping) == 2
     # What attacks found is shorter behind the matrix, where a ball goes as far in all directions.
-    found = attacked[0]
-    before, after = (float((found @ one.whitening.double()).norm(dim=1).mean()) for one in (plain, head))
+    before, after = (float((attacked[0] @ one.whitening.double()).norm(dim=1).mean()) for one in (plain, head))
     assert after < 0.98 * before
+    robustify(model, (images, labels), THREAT, seed=1, **settings)
+    assert set(shaping[2][1].tolist()) != set(drawn.tolist())
+
+
+def test_a_single_candidate_is_shaped_once_on_all_images_whatever_their_order(setting, shaping, monkeypatch):
+    model, images, labels = setting
+    order = labels.argsort(stable=True)
+    settings = {"radius": 0.5, "reg": 0.1, "tol": 1e-3}
+    asked, fit = [], ConvexRobustHead.fit
+    monkeypatch.setattr(ConvexRobustHead, "fit", lambda self, *a, **k: (asked.append(k["tol"]), fit(self, *a, **k))[1])
+    head = robustify(model, (images[order], labels[order]), THREAT, **settings).head
+    ((shaped, drawn, _),) = shaping
+    assert (shaped.radius, shaped.reg) == (0.5, 0.1) and asked == [5e-3, 1e-3]
+    torch.testing.assert_close(shaped.mean, head.mean)  # of the same rows
+    assert len(drawn) == 60 and len(labels[drawn].unique()) == 3
+    monkeypatch.setattr(sys.modules["convex_head.robustify"], "SHAPE_IMAGES", 2000)
+    robustify(model, (images, labels), THREAT, **settings)
+    assert sorted(shaping[1][1].tolist()) == list(range(len(labels)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"radius": 0.5, "reg": 0.1}, 4),
+        ({"radius": 0.5, "reg": 0.1, "shape_rounds": 0}, 3),
+        ({"radius": 0.5, "reg": 0.1, "standardise": "scale"}, 2),
+        ({"radii": (0.25, 0.5), "regs": (0.1,), "shape_rounds": 2, "rounds": 1, "max_clean_drop": 0.9}, 9),
+    ],
+)
+def test_progress_says_how_many_lines_there_will_be(setting, settings, lines, capfd):
+    model, images, labels = setting
+    robustify(model, (images, labels), THREAT, tol=0.1, progress=True, **settings)
+    assert re.findall(r"\[(\d+)/(\d+)\]", capfd.readouterr().err) == [(str(k), str(lines)) for k in range(1, lines + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_of_other_dtypes_get_heads(setting, dtype):
+    model, images, labels = setting
+    found = chosen((copy.deepcopy(model).to(dtype), images, labels))
+    assert len(found.path_) == 2 and found.head.is_fitted
+
+
+def test_unscaled_features_have_an_ellipsoid_of_their_own(setting):
+    model, images, _ = setting
+    head = chosen(setting, standardize=False, shape_rounds=0).head
+    probe = replace_head(model, nn.Identity()).backbone
+    found = whitening(probe, images, extract_features(probe, images), THREAT, standardize=False)
+    torch.testing.assert_close(head.whitening.double(), found, atol=1e-5, rtol=1e-5)
+
+
+def test_few_steps_of_an_attack_reach_eps():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.full((3, 1, 2, 2), 0.5)
+    for steps in (1, 2, 3, 4, 10):
+        found = attacked_images(net, images, torch.zeros(3, dtype=torch.long), THREAT, steps=steps)
+        torch.testing.assert_close((found - images).abs(), torch.full_like(images, 0.1))
 
 
 def test_rounds_are_validated_and_change_the_head(setting):
@@ -310,8 +369,9 @@ def test_bad_settings_are_refused(setting):
     with pytest.raises(errors.InputError, match="'whiten' or 'scale'"):
         chosen(setting, standardise="zca")
     for name in ("rounds", "shape_rounds"):
-        with pytest.raises(errors.InputError, match=f"^{name} must be at least 0; found -1"):
-            chosen(setting, **{name: -1})
+        for value in (-1, 1.5):
+            with pytest.raises(errors.InputError, match=f"^{name} must be a whole number of at least 0; found {value}"):
+                chosen(setting, **{name: value})
     with pytest.raises(errors.InputError, match="validation_share"):
         chosen(setting, validation_share=1.0)
     with pytest.raises(errors.InputError, match="max_clean_drop must be in"):

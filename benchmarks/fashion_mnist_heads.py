@@ -36,9 +36,8 @@ Fit = Callable[[nn.Module, HeadData, ThreatModel, "Effort", int], tuple[nn.Modul
 
 # A radius of 1 is what the threat reaches. "Shaped": attacks on a head have their part in the ellipsoid, as they do by
 # default; without them the radii that were best were larger.
-_SHAPED: Card = dict(zip(("radii", "regs"), GRIDS["whiten"], strict=True)) | {"standardise": "whiten"}
-_SHAPED |= {"shape_rounds": 1}
-_WHITENED: Card = {**_SHAPED, "radii": (0.5, 0.7, 1.0, 2.0), "shape_rounds": 0}
+_SHAPED: Card = {"standardise": "whiten", "shape_rounds": 1}
+_WHITENED: Card = {"radii": (0.5, 0.7, 1.0, 2.0), "regs": (0.01, 0.003), "standardise": "whiten", "shape_rounds": 0}
 # Of the linear control.
 _LINEAR_STEPS, _DECAYS = 1000, (1e-3, 1e-4)
 
@@ -271,7 +270,8 @@ def _convex(
     **settings: Any,
 ) -> tuple[nn.Module, Card]:
     """``robustify`` with radius="auto"; then the chosen settings by themselves, for the cost of one fit."""
-    choose: Card = {"radii": radii or effort.radii, "regs": regs or effort.regs}
+    usual = (effort.radii, effort.regs) if standardise == "scale" else (None, None)
+    choose: Card = {"radii": radii or usual[0], "regs": regs or usual[1]}
     choose |= {"rounds": rounds, "max_clean_drop": max_clean_drop}
     common = {"at": at, "tol": effort.tol, "max_seconds": effort.max_seconds, "seed": seed, **settings}
     common |= {"standardise": standardise, "shape_rounds": shape_rounds}
@@ -305,7 +305,7 @@ HEADS: dict[str, Fit] = {
     "own": _own,
     "linear": _linear,
     "linear_deep_whitened": partial(_linear_in_ball, at="pool", settings=_WHITENED),
-    "linear_deep_shaped": partial(_linear_in_ball, at="pool", settings=_SHAPED),
+    "linear_deep_shaped": partial(_linear_in_ball, at="pool", settings=_SHAPED | {"radii": GRIDS["whiten"][0]}),
     "mlp": _mlp,
     "mlp_at": partial(_mlp, recipe=PGDAdversarialTraining()),
     "mlp_trades": partial(_mlp, recipe=Trades()),

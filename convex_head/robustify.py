@@ -33,6 +33,8 @@ GRIDS = {
     "whiten": ((0.5, 0.7, 1.0, 1.4), (0.01, 0.003)),
     "scale": ((0.25, 0.5, 1.0, 2.0), (0.1, 0.03)),
 }
+# Further radii of "auto", with "whiten", each tried where the one before is the best so far.
+WIDER = (2.0, 2.8, 4.0)
 # Candidates stop at so many times the gap of the head that is returned.
 LOOSE = 5.0
 # Images that are attacked to shape the ellipsoid, and steps: four times as many images, or ten steps, shaped it no
@@ -95,7 +97,8 @@ def robustify(
         backbone: images in [0, 1] to logits; copied, never changed.
         train_data: a dataset name, an (images, labels) pair, a Dataset or a DataLoader. Training data only.
         threat: the pixel threat; Linf or L2 for "auto" and for "whiten".
-        radius: feature radius in standardised units, or "auto" to choose among ``radii``.
+        radius: feature radius in standardised units, or "auto" to choose among ``radii``; where these are not given and
+            the largest is the best, with "whiten", among larger ones too.
         reg: regularisation weight, or "auto" to choose among ``regs``.
         at: node where the head goes; the classifier if None (see :func:`~convex_head.splice.replace_head`).
         validation_share: share of the training data that candidates are compared on and not fitted on.
@@ -143,8 +146,9 @@ def robustify(
     candidates = len(path_radii) * len(path_regs)
     if max_clean_drop is not None and candidates == 1:
         raise InputError("max_clean_drop chooses among candidates; found one. Pass several radii or regs.")
-    steps = 2 + (standardise == "whiten") * (1 + shape_rounds)
-    steps += candidates + rounds + (max_clean_drop is not None) if candidates > 1 else 0
+    is_open = radius == "auto" and radii is None and standardise == "whiten"
+    steps = [2 + (standardise == "whiten") * (1 + shape_rounds)]
+    steps[0] += candidates + rounds + (max_clean_drop is not None) if candidates > 1 else 0
     say = _teller(progress, steps)
     say("extracting features")
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
@@ -227,6 +231,13 @@ def robustify(
                 start = head.result_
                 path.append(validated(head, 0))
                 heads.append(head)
+        for r in WIDER if is_open else ():
+            best = best_of(path)
+            if path[best].radius < max(candidate.radius for candidate in path):
+                break
+            steps[0] += 1
+            heads.append(fit_loosely(r, path[best].reg, rest, heads[best].result_))
+            path.append(validated(heads[-1], 0))
         best = best_of(path)
         chosen_radius, chosen_reg, head, more = path[best].radius, path[best].reg, heads[best], []
         for number in range(1, rounds + 1):
@@ -287,8 +298,8 @@ def _split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return shuffled[held_out:], shuffled[:held_out]
 
 
-def _teller(progress: Callable[[str], Any] | bool | None, steps: int) -> Callable[[str], Any]:
-    """What to call with one line at each of ``steps``; the lines on stderr say how far the path is."""
+def _teller(progress: Callable[[str], Any] | bool | None, steps: list[int]) -> Callable[[str], Any]:
+    """What to call with one line at each step; the lines on stderr say how far of ``steps[0]``, which may grow."""
     if callable(progress):
         return progress
     if not progress:
@@ -299,7 +310,7 @@ def _teller(progress: Callable[[str], Any] | bool | None, steps: int) -> Callabl
         nonlocal told
         told += 1
         elapsed = monotonic() - began
-        left = f", about {clock(elapsed * (steps - told + 1) / (told - 1))} left" if told > 2 else ""
-        console.print(f"[{told}/{steps}] {line}{left}", style="dim", markup=False)
+        left = f", about {clock(elapsed * (steps[0] - told + 1) / (told - 1))} left" if told > 2 else ""
+        console.print(f"[{told}/{steps[0]}] {line}{left}", style="dim", markup=False)
 
     return say

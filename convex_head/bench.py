@@ -64,7 +64,7 @@ class BenchSettings:
         epochs, batch_size, lr: the training of the backbones.
         widths: channels of the stages of the backbone; the last is the number of features.
         standardise, shape_rounds: units of the convex head, as in :func:`convex_head.robustify`.
-        radii, regs: candidates for the convex head in these units; all but the first start warm.
+        radii, regs: candidates for the convex head in these units; None for those of "auto". All but the first start warm.
         tol: relative gap of the head that is deployed; candidates stop at five times it.
         max_seconds: limit of one head fit; a fit that reaches it is shown with its honest gap.
     """
@@ -82,8 +82,8 @@ class BenchSettings:
     widths: tuple[int, ...] = (4, 32)
     standardise: str = "whiten"
     shape_rounds: int = 1
-    radii: tuple[float, ...] = (0.5, 1.0, 1.4)
-    regs: tuple[float, ...] = (0.01, 0.003)
+    radii: tuple[float, ...] | None = None
+    regs: tuple[float, ...] | None = None
     tol: float = 1e-2
     max_seconds: float = 20.0
 

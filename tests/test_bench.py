@@ -43,7 +43,7 @@ def test_rows_records_and_certificate(finished):
     convex = records[1].metadata
     assert convex["gap"] <= QUICK.tol and convex["status"] == "converged"
     assert convex["objective"] >= convex["lower_bound"] > 0
-    assert convex["radius"] in QUICK.radii and convex["reg"] in QUICK.regs
+    assert (convex["radius"],) == QUICK.radii and (convex["reg"],) == QUICK.regs
     assert records[0].dataset["fingerprint"] == records[1].dataset["fingerprint"]
 
 

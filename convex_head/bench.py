@@ -64,7 +64,8 @@ class BenchSettings:
         epochs, batch_size, lr: the training of the backbones.
         widths: channels of the stages of the backbone; the last is the number of features.
         standardise, shape_rounds: units of the convex head, as in :func:`convex_head.robustify`.
-        radii, regs: candidates for the convex head in these units; None for those of "auto". All but the first start warm.
+        radii, regs: candidates for the convex head in these units, None for those of "auto"; all but the first are
+            warm-started.
         tol: relative gap of the head that is deployed; candidates stop at five times it.
         max_seconds: limit of one head fit; a fit that reaches it is shown with its honest gap.
     """

@@ -43,7 +43,7 @@ _SHRINK = 0.1
 _LEAST_DRAWS, _DRAWS_OF_A_FEATURE = 2000, 16
 # Directions behind W for the reach, and steps of eps/2 along each.
 _REACH_DRAWS, _REACH_STEPS = 1000, 3
-# Weight of attacked displacements in S: a tenth was better than a fifth, and two fifths worse than none.
+# Weight of attacked displacements in S: a fifth was as good or worse, two fifths were worse than none at radius 2.
 _ATTACKED = 0.1
 # A reach below this is rounding.
 _LEAST = 1e-6

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from time import monotonic
 from typing import Any
 
@@ -111,8 +112,8 @@ def robustify(
             they aim at: an ellipsoid of features, still exact, and a radius of 1 is what the threat reaches. "scale"
             is the round ball of features of deviation 1.
         shape_rounds: with "whiten", before all other fits: how often a head is fitted on the rows of the candidates (at
-            the radius whose ratio to 1 is smallest and the smallest reg, to the gap of a candidate), attacked on 2,000
-            of their images in three steps, and what that moves mixed into the ellipsoid, which all heads then keep.
+            the radius nearest to 1, in ratio, and the smallest reg, to the gap of a candidate), attacked on 2,000 of
+            their images in three steps, and what that moves mixed into the ellipsoid, which all heads then keep.
         rounds: adversarial rounds after the choice of radius and reg: attack the fitted images, add the features of
             what is found as further centres, refit. Validation chooses the number, 0 among them.
         max_clean_drop: most that a candidate may lose against the backbone as given, in clean validation accuracy: 0.01
@@ -128,13 +129,14 @@ def robustify(
     Raises:
         RadiusError, RegularisationError: a candidate is not admissible.
         InputError: ``validation_share`` is not inside (0, 1), or leaves no example on a side; ``standardise`` is no
-            name above; ``rounds`` or ``shape_rounds`` is negative; ``max_clean_drop`` is not inside [0, 1], there is
-            one candidate only, or the backbone does not predict these classes; the threat moves no feature.
+            name above; ``rounds`` or ``shape_rounds`` is no whole number of at least 0; ``max_clean_drop`` is not
+            inside [0, 1], there is one candidate only, or the backbone does not predict these classes; the threat
+            moves no feature.
     """
     if standardise not in GRIDS:
         raise InputError(f"standardise must be 'whiten' or 'scale'; found {standardise!r}.")
     for name, value in (("rounds", rounds), ("shape_rounds", shape_rounds)):
-        if value < 0 or value != int(value):
+        if not isinstance(value, Integral) or value < 0:
             raise InputError(f"{name} must be a whole number of at least 0; found {value}. 0 takes no attack.")
     if max_clean_drop is not None and not 0 <= max_clean_drop <= 1:
         raise InputError(f"max_clean_drop must be in [0, 1] or None; found {max_clean_drop!r}. 0.01 is one point.")

@@ -73,7 +73,8 @@ def pgd_accuracy(
     with a hinge, flatters them. For choices on validation data only: it starts at the images, takes steps of
     eps/4 and reports no flags. Images and labels are moved to the model.
     """
-    device, dtype = next(((p.device, p.dtype) for p in model.parameters()), (images.device, images.dtype))
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
     images, labels = images.to(device, dtype), labels.to(device)
 
     def margin(logits: Tensor) -> Tensor:

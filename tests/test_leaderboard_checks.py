@@ -67,9 +67,9 @@ def put(value, *path):
 
 
 def rising(entry):
-    """A point that is broken at eps 0.1 is right at 0.2."""
+    """A point that some attack has broken at eps 0.1 is right at 0.2."""
     record = entry["convex_head"]
-    broken = record["outcomes"]["autoattack"].index("0")
+    broken = next(k for k, marks in enumerate(zip(*record["outcomes"].values(), strict=True)) if "0" in marks)
     marks = record["curve"][-1]["robust"]
     record["curve"][-1] |= {"robust": marks[:broken] + "1" + marks[broken + 1 :]}
     record["curve"][-1]["robust_correct"] += 1

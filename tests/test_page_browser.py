@@ -26,7 +26,8 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def browser(shared):
-    """A browser that has seen nothing yet."""
+    """A browser that has seen nothing yet, on an empty page: what the test before showed need not be laid out anew."""
+    shared.open("about:blank")
     shared.events.clear()
     shared.resize(1280)
     return shared

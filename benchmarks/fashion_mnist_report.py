@@ -216,18 +216,33 @@ def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Reco
     return {key: list(panels[key].values()) for key in compared or order}
 
 
+def _grid(keys: Sequence[tuple[str, str, str, str]]) -> list[list[tuple[str, str, str, str] | None]]:
+    """Where panels stand: a column a backbone and a row a threat, in the order of ``keys``; of one backbone three a row."""
+    names = [name for name in _BACKBONES if name in {name for _, name, _, _ in keys}]
+    if len(names) == 1:
+        lines = [list(keys[start : start + 3]) for start in range(0, len(keys), 3)]
+        return [line + [None] * (min(3, len(keys)) - len(line)) for line in lines]
+    threats = dict.fromkeys((arch, norm, eps) for arch, _, norm, eps in keys)
+    return [
+        [key if (key := (arch, name, norm, eps)) in keys else None for name in names] for arch, norm, eps in threats
+    ]
+
+
 def draw(pyplot: Any, rows: Sequence[Record]) -> None:
     """Robust accuracy against the CPU seconds of the head, its choices included; a panel a backbone and threat."""
     panels = _panels(rows)
-    wide = min(3, len(panels))
+    grid = _grid(list(panels))
+    tall, wide = len(grid), len(grid[0])
     figure = pyplot.gcf()
-    tall = -(-len(panels) // wide)
     figure.set_size_inches(4.2 * wide, 2.9 * tall + 0.9)
     axes = figure.subplots(tall, wide, squeeze=False)
     heads = [head for head in _MARKERS if head in {row["head"] for row in rows}]
     heads += sorted({row["head"] for row in rows} - set(heads))
-    for axis, (key, shown) in zip(axes.flat, panels.items(), strict=False):
-        for row in shown:
+    for axis, key in zip(axes.flat, (key for line in grid for key in line), strict=True):
+        if key is None:
+            axis.set_visible(False)
+            continue
+        for row in panels[key]:
             # The network's own head costs nothing beyond the backbone; it is drawn at the left edge.
             seconds, number = max(row["seconds"] or _LEFT, _LEFT), heads.index(row["head"])
             bars = [[100 * (row["robust"] - row["low"])], [100 * (row["high"] - row["robust"])]]
@@ -238,8 +253,6 @@ def draw(pyplot: Any, rows: Sequence[Record]) -> None:
         axis.set_xlim(_LEFT / 2, 1500)
         arch, name, norm, eps = key
         axis.set_title(f"{_named(arch, name)}, {norm} {eps}", fontsize=9)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
     for number, head in enumerate(heads):
         style = {"marker": _MARKERS.get(head, _OTHER), "color": COLOURS[number % len(COLOURS)]}
         axes[0, 0].plot([], [], linestyle="", label=head, **style)

@@ -50,6 +50,18 @@ def test_single_heads_under_several_threats_have_panels():
     assert len(_panels(rows)) == 2
 
 
+def test_panels_stand_in_a_column_a_backbone_and_a_row_a_threat():
+    from benchmarks.fashion_mnist_report import _grid
+
+    def key(name, eps):
+        return "tiny", name, "Linf", eps
+
+    several = [key("standard", "8/255"), key("trades", "8/255"), key("trades", "4/255")]
+    assert _grid(several) == [several[:2], [None, several[2]]]
+    one = [key("sam", f"{eps}/255") for eps in (8, 4, 2, 1)]
+    assert _grid(one) == [one[:3], [one[3], None, None]] and _grid(one[:2]) == [one[:2]]
+
+
 def made(head, seed, marks, arch="tiny"):
     """A record of eight points with these robust outcomes."""
     right = marks.count("1")

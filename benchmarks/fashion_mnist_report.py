@@ -217,7 +217,7 @@ def _panels(rows: Sequence[Record]) -> dict[tuple[str, str, str, str], list[Reco
 
 
 def _grid(keys: Sequence[tuple[str, str, str, str]]) -> list[list[tuple[str, str, str, str] | None]]:
-    """Where panels stand: a column a backbone and a row a threat, in the order of ``keys``; of one backbone three a row."""
+    """Where panels stand: a column a backbone, a row a threat, as ``keys`` come; of one backbone three a row."""
     names = [name for name in _BACKBONES if name in {name for _, name, _, _ in keys}]
     if len(names) == 1:
         lines = [list(keys[start : start + 3]) for start in range(0, len(keys), 3)]

@@ -34,7 +34,8 @@ GRIDS = {
     "whiten": ((0.5, 0.7, 1.0, 1.4), (0.01, 0.003)),
     "scale": ((0.25, 0.5, 1.0, 2.0), (0.1, 0.03)),
 }
-# Further radii of "auto", with "whiten", each tried where the one before is the best so far.
+# Further radii of "auto", with "whiten", each tried where the one before is the best so far. They go beyond what the
+# threat reaches: one that wins no more under attack than it loses when clean is passed over.
 WIDER = (2.0, 2.8, 4.0)
 # Candidates stop at so many times the gap of the head that is returned.
 LOOSE = 5.0
@@ -55,7 +56,8 @@ class Candidate:
         clean, robust: accuracy on the validation images, without attack and under the validation attack.
         gap: its relative duality gap.
         round: adversarial rounds before it; 0 is a fit on clean features.
-        allowed: it keeps as much clean accuracy as ``max_clean_drop`` asks for.
+        allowed: it keeps as much clean accuracy as ``max_clean_drop`` asks for and, where its radius is one that "auto"
+            added to the usual ones, wins more under attack than it loses when clean, against the best before it.
         chosen: its settings are those of the head that is returned.
     """
 
@@ -99,7 +101,8 @@ def robustify(
         train_data: a dataset name, an (images, labels) pair, a Dataset or a DataLoader. Training data only.
         threat: the pixel threat; Linf or L2 for "auto" and for "whiten".
         radius: feature radius in standardised units, or "auto" to choose among ``radii``; where these are not given and
-            the largest is the best, with "whiten", among larger ones too.
+            the largest is the best, with "whiten", among larger ones too, each of which has to win more accuracy under
+            attack than it loses when clean.
         reg: regularisation weight, or "auto" to choose among ``regs``.
         at: node where the head goes; the classifier if None (see :func:`~convex_head.splice.replace_head`).
         validation_share: share of the training data that candidates are compared on and not fitted on.
@@ -239,7 +242,9 @@ def robustify(
                 break
             steps[0] += 1
             heads.append(fit_loosely(r, path[best].reg, rest, heads[best].result_))
-            path.append(validated(heads[-1], 0))
+            wider = validated(heads[-1], 0)
+            pays = wider.robust - path[best].robust > path[best].clean - wider.clean
+            path.append(replace(wider, allowed=wider.allowed and pays))
         best = best_of(path)
         chosen_radius, chosen_reg, head, more = path[best].radius, path[best].reg, heads[best], []
         for number in range(1, rounds + 1):

@@ -150,6 +150,23 @@ def test_radii_grow_while_the_largest_is_the_best(setting, monkeypatch, capfd, b
     assert max(one.radius for one in given.path_) == 1.4
 
 
+@pytest.mark.parametrize(("loss", "path"), [(0.0095, [2.0, 2.8, 4.0]), (0.0105, [2.0]), (-0.1, [2.0, 2.8, 4.0])])
+def test_a_wider_radius_wins_more_under_attack_than_it_loses_when_clean(setting, monkeypatch, loss, path):
+    """Validation accuracies are given: 0.01 more under attack, ``loss`` less when clean, for a radius larger by 1."""
+    model, images, labels = setting
+    module = sys.modules["convex_head.robustify"]  # the package has a function of that name
+    monkeypatch.setattr(
+        module, "pgd_accuracy", lambda spliced, *_: (0.8 - loss * spliced.head.radius, 0.5 + 0.01 * spliced.head.radius)
+    )
+    found = robustify(model, (images, labels), THREAT, regs=(0.1,), tol=0.2, shape_rounds=0)
+    usual = [0.5, 0.7, 1.0, 1.4]
+    assert [one.radius for one in found.path_] == usual + path
+    wider = found.path_[len(usual) :]
+    assert [one.allowed for one in wider] == [loss < 0.01] * len(path)
+    assert found.head.radius == (4.0 if loss < 0.01 else 1.4)
+    assert next(one for one in found.path_ if one.chosen).radius == found.head.radius
+
+
 @pytest.fixture
 def shaping(setting, monkeypatch):
     """What attacks that shape an ellipsoid were asked: a list of (head, rows, images found), which calls add to."""

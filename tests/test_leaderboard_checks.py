@@ -142,6 +142,10 @@ CHANGES = {
     "radius": (put(0.5, "convex_head", "metadata", "radius"), "others did better on its path"),
     "negative radius": (put(-1.0, "convex_head", "metadata", "radius"), "radius of the head is -1.0"),
     "passed over": (put(False, "convex_head", "metadata", "path", 0, "allowed"), "passed over"),
+    "a wider one that pays": (
+        lambda e: e["convex_head"]["metadata"]["path"][8].update(allowed=False, clean=1.0),
+        "passed over",
+    ),
     "not a flag": (put("no", "convex_head", "metadata", "path", 0, "allowed"), "true or false"),
     "chosen": (put(True, "convex_head", "metadata", "path", 0, "chosen"), "chosen candidates"),
     "candidate": (put(1.5, "convex_head", "metadata", "path", 0, "robust"), "an accuracy outside [0, 1]"),
@@ -189,6 +193,17 @@ def test_a_changed_entry_is_refused(copied, kind, tmp_path):
     assert found["consistent"] is False and any(message in problem for problem in found["problems"]), found
     assert all(line.startswith("error: ") and "digits-" in line for line in result.stderr.splitlines())
     assert len(result.stderr.splitlines()) == len(found["problems"])
+
+
+def test_a_wider_radius_that_does_not_pay_may_be_passed_over(copied, tmp_path):
+    board = tmp_path / "board"
+    shutil.copytree(copied, board)
+    path = board / "entries" / f"{ENTRY}.json"
+    entry = json.loads(path.read_text())
+    put(False, "convex_head", "metadata", "path", 9, "allowed")(entry)
+    path.write_text(json.dumps(entry, indent=2))
+    run("leaderboard", "build", "--dir", board, "--quiet")
+    run("leaderboard", "check", "--dir", board)
 
 
 def test_commands_say_in_json_what_they_did(copied, tmp_path):

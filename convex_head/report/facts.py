@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -174,8 +174,9 @@ def _check_choice(name: str, record: EvalRecord) -> None:
         raise EntryError(f"{name}: allowed and chosen of a candidate are true or false. Fit it again.")
     allowed = [c for c in path if c.get("allowed", True)]
     least = min((c["clean"] for c in allowed), default=math.inf)
-    if any(c["clean"] >= least for c in path if c not in allowed):
-        raise EntryError(f"{name}: a candidate on its path was passed over that is as right when clean as others.")
+    for place, c in enumerate(path):
+        if c not in allowed and c["clean"] >= least and not _is_too_wide(c, path[:place]):
+            raise EntryError(f"{name}: a candidate on its path was passed over that is as right when clean as others.")
     best = max((c["robust"], c["clean"]) for c in allowed or [max(path, key=lambda c: (c["clean"], c["robust"]))])
     chosen = [record.metadata.get(key) for key in ("radius", "reg")]
     if not any((c["robust"], c["clean"]) == best and [c["radius"], c["reg"]] == chosen for c in path):
@@ -193,6 +194,15 @@ def _check_choice(name: str, record: EvalRecord) -> None:
     for key, value in zip(("validation_robust", "validation_clean"), best, strict=True):
         if record.metadata.get(key, value) != value:
             raise EntryError(f"{name}: {key} is {plain(record.metadata[key], 30)}, its path has {value}. Fit it again.")
+
+
+def _is_too_wide(candidate: dict[str, Any], before: Sequence[dict[str, Any]]) -> bool:
+    """Of the largest radius so far, and wins no more under attack than it loses when clean, against the best so far."""
+    allowed = [c for c in before if c.get("allowed", True)]
+    if not allowed or candidate["radius"] <= max(c["radius"] for c in before):
+        return False
+    robust, clean = max((c["robust"], c["clean"]) for c in allowed)
+    return bool(candidate["robust"] - robust <= clean - candidate["clean"])
 
 
 def _check_pictures(name: str, record: EvalRecord) -> None:

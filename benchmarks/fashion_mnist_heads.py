@@ -310,6 +310,7 @@ HEADS: dict[str, Fit] = {
     "mlp_at": partial(_mlp, recipe=PGDAdversarialTraining()),
     "mlp_trades": partial(_mlp, recipe=Trades()),
     "mlp_at_deep": partial(_mlp, recipe=PGDAdversarialTraining(), at="pool"),
+    "mlp_trades_deep": partial(_mlp, recipe=Trades(), at="pool"),
     "convex": _convex,
     "convex_wide": partial(_convex, **_WIDE),
     "convex_whitened": partial(_convex, **_WHITENED),

@@ -18,7 +18,10 @@ from convex_head.errors import InputError
 from convex_head.records import EvalRecord
 from convex_head.statistics import Comparison, compare
 
-HEAD_ONLY = ("linear", "linear_deep_whitened", "linear_deep_shaped", "mlp", "mlp_at", "mlp_trades", "mlp_at_deep")
+HEAD_ONLY = (
+    *("linear", "linear_deep_whitened", "linear_deep_shaped"),
+    *("mlp", "mlp_at", "mlp_trades", "mlp_at_deep", "mlp_trades_deep"),
+)
 _MARKERS = {
     "own": "s",
     "linear": "v",
@@ -28,6 +31,7 @@ _MARKERS = {
     "mlp_at": "D",
     "mlp_trades": "P",
     "mlp_at_deep": "d",
+    "mlp_trades_deep": (6, 1),
     "convex": "o",
     "convex_deep": "p",
     "convex_deep_wide": "X",

@@ -37,7 +37,7 @@ Fit = Callable[[nn.Module, HeadData, ThreatModel, "Effort", int], tuple[nn.Modul
 # A radius of 1 is what the threat reaches. "Shaped": attacks on a head have their part in the ellipsoid, as they do by
 # default; without them the radii that were best were larger.
 _SHAPED: Card = {"standardise": "whiten", "shape_rounds": 1}
-# For little clean accuracy. Half a point on validation images: heads that lost up to one there lost up to two on others.
+# For little clean accuracy. Half a point on validation images: heads that lost up to one there lost two elsewhere.
 _CLEAN: Card = _SHAPED | {"radii": (0.5, 0.7, 1.0), "regs": (0.003, 0.001), "max_clean_drop": 0.005}
 _WHITENED: Card = {"radii": (0.5, 0.7, 1.0, 2.0), "regs": (0.01, 0.003), "standardise": "whiten", "shape_rounds": 0}
 # Of the linear control.
